@@ -1,0 +1,53 @@
+"""What can go wrong, by kind.
+
+Every message says what was wrong, what was found and what to do. Errors are raised before anything
+is changed.
+"""
+
+from __future__ import annotations
+
+
+class MergenceError(RuntimeError):
+    """Base of every error that mergence raises on purpose."""
+
+
+class UnsupportedModelError(MergenceError):
+    """The model, or a part of it, is of a kind that no family declares."""
+
+
+class UnknownNameError(MergenceError):
+    """A method, family or model source of that name does not exist."""
+
+
+class OptionError(MergenceError):
+    """An option is unknown, of the wrong type or out of range."""
+
+
+class ScheduleError(MergenceError):
+    """A schedule cannot be carried out on this model."""
+
+
+class RecipeError(MergenceError):
+    """A recipe file is missing, damaged or of another format."""
+
+
+class ReducedOutputError(MergenceError):
+    """Reduced tokens were used in a way that needs what was lost on the way."""
+
+
+class DataError(MergenceError):
+    """Images or labels cannot be used as given."""
+
+
+class CheckpointError(MergenceError):
+    """Weights are missing, damaged or do not fit the model."""
+
+
+class MissingExtraError(MergenceError):
+    """An optional dependency is needed and not installed."""
+
+    def __init__(self, package: str, extra: str, what: str) -> None:
+        super().__init__(
+            f"{what} needs the package '{package}', which is not installed. "
+            f"Install it with: pip install 'mergence[{extra}]'"
+        )
