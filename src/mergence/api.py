@@ -1,0 +1,232 @@
+"""apply, remove and what stands around them: the public face of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from mergence import family as families
+from mergence import surgery
+from mergence.errors import MergenceError, UnsupportedModelError
+from mergence.family import Family, ModelSpec
+from mergence.method import Method
+from mergence.recipe import Recipe, make
+from mergence.report import Description
+from mergence.schedule import Schedule
+from mergence.step import BlockStep, Program
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def apply(
+    model: ModelT,
+    method: str | Path | Method | Recipe = "mergence",
+    *,
+    macs: float | None = None,
+    keep_rate: float | None = None,
+    r: float | None = None,
+    schedule: Schedule | list[int] | tuple[int, ...] | None = None,
+    align: int | None = None,
+    **options: Any,
+) -> ModelT:
+    """Make a model reduce its tokens, in place.
+
+    The object, its `forward`, its parameters and its `state_dict` keys stay the same; only a method
+    that learns something adds keys, below the name `mergence` in one block. Applying again replaces
+    what was applied before. Everything is checked before anything is changed.
+
+    Example:
+        >>> mergence.apply(model, macs=0.67)
+        >>> mergence.apply(model, "tome", r=13)
+        >>> mergence.apply(model, Mergence(alpha=0.25), schedule=[196] * 6 + [128] * 6)
+        >>> mergence.apply(model, "recipe.json")
+
+    Args:
+        model: A model of a known family; `mergence list families` shows them.
+        method: A method's name, a method, a recipe, or the path of a recipe file.
+        macs: Share of the dense model's multiply-adds to keep, above 0 and at most 1.
+        keep_rate: Share of the tokens to keep at blocks 4, 7 and 10 of 12.
+        r: Tokens to remove after each block.
+        schedule: A schedule, or the list of patch tokens left after each block.
+        align: Round token counts, prefix included, to multiples of this.
+        **options: The options of the method, when it is given by name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: No family covers the model.
+        UnknownNameError: There is no such method.
+        OptionError: An option is unknown, contradictory or out of range.
+        ScheduleError: The schedule cannot be carried out on this model.
+        RecipeError: The recipe cannot be read.
+    """
+    recipe = make(
+        method, macs=macs, keep_rate=keep_rate, r=r, schedule=schedule, align=align, **options
+    )
+    _check_type(model)
+    family = families.find(model)
+    spec = family.inspect(model)
+    learned = recipe.method.learned(spec.cost.dim)
+    program = Program(
+        method=recipe.method,
+        schedule=recipe.schedule,
+        align=recipe.align,
+        cost=spec.cost,
+        patches=spec.patches,
+        learned=None if learned is None else learned.macs,
+    )
+    first = program.first_reduction()
+    if learned is not None and first is not None:
+        _prepare(learned, spec, first)
+    remove(model)
+    _install(model, family, spec, program, learned, first)
+    return model
+
+
+def _install(
+    model: nn.Module,
+    family: Family,
+    spec: ModelSpec,
+    program: Program,
+    learned: nn.Module | None,
+    first: int | None,
+) -> None:
+    undo = []
+    try:
+        if first is not None:
+            for index in range(first, len(spec.blocks)):
+                step = BlockStep(program, index)
+                module = learned if index == first else None
+                undo.append(surgery.swap(spec.blocks[index], family.block_mixin, step, module))
+        undo.append(surgery.swap(model, family.model_mixin, program))
+    except BaseException:
+        for step_back in reversed(undo):
+            step_back()
+        raise
+
+
+def _prepare(learned: nn.Module, spec: ModelSpec, first: int) -> None:
+    """Put a learned module where its block is, with what an earlier one of its kind has learned."""
+    reference = next(spec.blocks[first].parameters())
+    learned.to(device=reference.device, dtype=reference.dtype)
+    learned.train(spec.blocks[first].training)
+    for block in spec.blocks:
+        earlier = surgery.learned_module(block)
+        if earlier is not None and _shapes(earlier) == _shapes(learned):
+            learned.load_state_dict(earlier.state_dict())
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in module.state_dict().items()}
+
+
+def remove(model: ModelT) -> ModelT:
+    """Give the original model back: classes, attributes and outputs, bit for bit.
+
+    A learned module is taken out with its weights. A model that was not reduced is left alone.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if surgery.is_swapped(module):
+            surgery.restore(module)
+    return model
+
+
+@contextmanager
+def applied(
+    model: ModelT,
+    method: str | Path | Method | Recipe = "mergence",
+    **arguments: Any,
+) -> Iterator[ModelT]:
+    """Reduce a model for the length of a `with` block, then go back to what was applied before.
+
+    Args:
+        model: See `apply`.
+        method: See `apply`.
+        **arguments: See `apply`.
+    """
+    program = surgery.attachment(model)
+    before = None if program is None else recipe_of(model)
+    apply(model, method, **arguments)
+    try:
+        yield model
+    finally:
+        remove(model)
+        if before is not None:
+            apply(model, before)
+
+
+@contextmanager
+def disabled(model: ModelT) -> Iterator[ModelT]:
+    """Run a reduced model as its dense original for the length of a `with` block.
+
+    Only the current thread is affected. A model that is not reduced runs as it is.
+    """
+    program = surgery.attachment(model)
+    if program is None:
+        yield model
+        return
+    before, program.run.disabled = program.run.disabled, True
+    try:
+        yield model
+    finally:
+        program.run.disabled = before
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """The recipe that is applied to a model.
+
+    Raises:
+        MergenceError: The model is not reduced.
+    """
+    program = _program(model)
+    return Recipe(program.method, program.schedule, program.align)
+
+
+def describe(model: nn.Module) -> Description:
+    """Say what is applied to a model: tokens after each block, MACs before and after.
+
+    Raises:
+        MergenceError: The model is not reduced.
+    """
+    program = _program(model)
+    return Description(
+        model=surgery.original_class(model).__name__,
+        family=families.find(model).name,
+        method=program.method,
+        schedule=program.schedule,
+        patches=program.patches,
+        prefix=program.prefix,
+        counts=program.counts(),
+        dense=program.macs(dense=True),
+        reduced=program.macs(),
+    )
+
+
+def _program(model: nn.Module) -> Program:
+    program = surgery.attachment(model)
+    if not isinstance(program, Program):
+        raise MergenceError(
+            f"This {type(model).__name__} is not reduced. Call mergence.apply(model, macs=0.67) first."
+        )
+    return program
+
+
+def _check_type(model: object) -> None:
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise UnsupportedModelError(
+            "The model is already wrapped by torch.compile. Apply to the model first and compile it "
+            "then, or apply to its `_orig_mod`."
+        )
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"The model is a {type(model).__name__}, not a torch.nn.Module. Pass the model itself."
+        )

@@ -1,0 +1,344 @@
+"""Labelled image collections: a folder, a zip archive or the embedded demo, read in batches.
+
+Damaged images do not stop a run: they are named, skipped and counted. What is wrong with the
+collection as a whole stops it before any work.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import random
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mergence.errors import DataError, MissingExtraError, OptionError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ASSETS = Path(__file__).parent / "assets"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+FASHION_MNIST_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image, transformed, with its class index (None: unlabelled)."""
+
+    image: Tensor
+    label: int | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that cannot be read, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The readable images of one step, and the ones that had to be skipped.
+
+    `len(batch)` counts the readable ones. Where every image was bad it is 0, so the batch is false
+    in a condition, and `images` is an empty tensor: count `skipped`, then go on to the next.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    names: list[str]
+    skipped: list[Skipped]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class _Source(Protocol):
+    """Where encoded images come from. Travels to worker processes by fork or pickle."""
+
+    def names(self) -> list[str]: ...
+
+    def open(self, name: str) -> Image: ...
+
+
+@dataclass(frozen=True)
+class _Folder:
+    root: Path
+
+    def names(self) -> list[str]:
+        # Class folders are often links to one shared copy, which pathlib's own walks do not follow.
+        walk = os.walk(self.root, followlinks=True)
+        files = (Path(folder, file) for folder, _, files in walk for file in files)
+        return [file.relative_to(self.root).as_posix() for file in files]
+
+    def open(self, name: str) -> Image:
+        return _decode((self.root / name).read_bytes())
+
+
+@dataclass
+class _Zip:
+    path: Path
+    # An open archive shares its file offset with forked workers and cannot be pickled, so each
+    # process opens its own at first use.
+    _opened: tuple[int, zipfile.ZipFile] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_opened": None}
+
+    def _archive(self) -> zipfile.ZipFile:
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), zipfile.ZipFile(self.path))
+        return self._opened[1]
+
+    def names(self) -> list[str]:
+        try:
+            return self._archive().namelist()
+        except (zipfile.BadZipFile, OSError) as error:
+            raise DataError(
+                f"'{self.path}' cannot be read as a zip archive: {error}. "
+                "Pass an image folder or an undamaged .zip file."
+            ) from error
+
+    def open(self, name: str) -> Image:
+        try:
+            return _decode(self._archive().read(name))
+        except RuntimeError as error:  # how zipfile reports encryption and unknown compression
+            raise zipfile.BadZipFile(str(error)) from error
+
+
+class _Demo:
+    """2,000 Fashion-MNIST test images in idx format: a header, then 28 x 28 bytes an image."""
+
+    def __init__(self) -> None:
+        images = (ASSETS / "fashion_mnist_test_images.idx3-ubyte.gz").read_bytes()
+        labels = (ASSETS / "fashion_mnist_test_labels.idx1-ubyte.gz").read_bytes()
+        self.pixels = gzip.decompress(images)[16:]
+        self.labels = list(gzip.decompress(labels)[8:])
+
+    def names(self) -> list[str]:
+        return [f"demo/{index:04d}" for index in range(len(self.labels))]
+
+    def open(self, name: str) -> Image:
+        from PIL import Image
+
+        start = 784 * int(name.removeprefix("demo/"))
+        return Image.frombytes("L", (28, 28), self.pixels[start : start + 784])
+
+
+def _decode(encoded: bytes) -> Image:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(encoded))
+
+
+@dataclass(frozen=True)
+class ImageData(Dataset[Sample | Skipped]):
+    """Images with their class indices; made by `open_images`, batched by `loader`.
+
+    An item is a `Sample`, or a `Skipped` where the image cannot be read.
+
+    Attributes:
+        names: Path of each image inside the collection.
+        labels: Class index of each image; None where the collection has no class folders.
+        class_names: What the class indices stand for, where known.
+    """
+
+    names: list[str]
+    labels: list[int] | None
+    class_names: tuple[str, ...] | None
+    transform: Callable[[Image], Tensor]
+    mode: str
+    source: _Source
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Sample | Skipped:
+        from PIL import Image
+
+        name = self.names[index]
+        try:
+            # convert() decodes all of the file, so that a truncated one is noticed here.
+            image = self.source.open(name).convert(self.mode)
+        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            return Skipped(name, f"{type(error).__name__}: {error}")
+        except Image.DecompressionBombError as error:
+            return Skipped(name, str(error))
+        label = None if self.labels is None else self.labels[index]
+        return Sample(self.transform(image), label, name)
+
+
+def open_images(
+    path: str | Path,
+    *,
+    transform: Callable[[Image], Tensor],
+    mode: str = "RGB",
+    class_names: Sequence[str] | None = None,
+    num_classes: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> ImageData:
+    """Open a collection of images and check it against the model's classes.
+
+    Class folders are matched to `class_names` by name where every folder is one of them, and by
+    sorted order where only the number agrees. Folders around the class folders are passed over.
+
+    Args:
+        path: An image folder (`root/class/image.jpg`), a `.zip` of the same layout, either without
+            class folders (unlabelled), or the word "demo" for the embedded Fashion-MNIST images.
+        transform: Turns a PIL image into the tensor the model takes.
+        mode: PIL mode to convert to: "L" for a model with one input channel.
+        class_names: The model's label names, in the order of its outputs.
+        num_classes: The model's number of classes, where it has no names.
+        limit: Use this many images at most, spread evenly over the classes.
+        seed: Which images `limit` draws.
+
+    Raises:
+        DataError: The path, the archive or its classes cannot be used.
+        OptionError: `limit` is below 1.
+        MissingExtraError: Pillow is not installed.
+    """
+    if find_spec("PIL") is None:
+        raise MissingExtraError("pillow", "timm", "Reading images")
+    if limit is not None and limit < 1:
+        raise OptionError(f"limit is {limit}. Ask for 1 image or more, or for none to take all.")
+    source = _open_source(path)
+    names = sorted(source.names())
+    folders: Sequence[str]
+    labels: list[int] | None
+    if isinstance(source, _Demo):
+        folders, labels = FASHION_MNIST_CLASSES, source.labels
+    else:
+        names = [name for name in names if _is_image(name)]
+        folders, labels = _classes(names, path, class_names or ())
+    if labels is not None:
+        class_names, order = _match(folders, class_names, num_classes, path)
+        labels = [order[label] for label in labels]
+    if limit is not None:
+        kept = _balanced(labels or [0] * len(names), limit, seed)
+        names = [names[i] for i in kept]
+        labels = labels and [labels[i] for i in kept]
+    return ImageData(
+        names, labels, None if class_names is None else tuple(class_names), transform, mode, source
+    )
+
+
+def loader(data: ImageData, *, batch_size: int, workers: int = 0) -> Iterable[Batch]:
+    """Read `data` in order, in batches of at most `batch_size` images."""
+    return DataLoader(data, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+
+
+def collate(items: Sequence[Sample | Skipped]) -> Batch:
+    """Build a `Batch` from items of an `ImageData`, for a DataLoader of one's own."""
+    good = [item for item in items if isinstance(item, Sample)]
+    labels = [item.label for item in good if item.label is not None]
+    return Batch(
+        images=torch.stack([item.image for item in good]) if good else torch.empty(0),
+        labels=torch.tensor(labels) if labels else None,
+        names=[item.name for item in good],
+        skipped=[item for item in items if isinstance(item, Skipped)],
+    )
+
+
+def _open_source(path: str | Path) -> _Source:
+    if path == "demo":
+        return _Demo()
+    root = Path(path).expanduser()
+    if root.is_dir():
+        return _Folder(root)
+    if root.is_file():
+        return _Zip(root)
+    raise DataError(
+        f"There is no image folder or .zip archive at '{path}' (looked in {Path.cwd()}). "
+        "Give the path of one, or 'demo' for the embedded images."
+    )
+
+
+def _is_image(name: str) -> bool:
+    parts = name.split("/")
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return not hidden and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _classes(
+    names: list[str], path: str | Path, known: Sequence[str]
+) -> tuple[list[str], list[int] | None]:
+    """Class folders in sorted order and the folder index of each image."""
+    if not names:
+        raise DataError(
+            f"'{path}' holds no image. Looked in all of its folders for files that end in "
+            f"{', '.join(IMAGE_SUFFIXES)}. Pass a folder or archive that holds some."
+        )
+    parts = [name.split("/") for name in names]
+    # A folder that holds everything is packaging ("val/"), unless the model knows it as a class.
+    while all(len(p) > 1 and p[0] == parts[0][0] for p in parts) and parts[0][0] not in known:
+        parts = [p[1:] for p in parts]
+    loose = sum(len(p) == 1 for p in parts)
+    if loose == len(parts):
+        return [], None
+    folders = sorted({p[0] for p in parts if len(p) > 1})
+    if loose:
+        raise DataError(
+            f"'{path}' mixes {loose} images without a class with {len(folders)} class folders "
+            f"({_few(folders)}). Move the loose images away, or all images into one folder."
+        )
+    index = {folder: i for i, folder in enumerate(folders)}
+    return folders, [index[p[0]] for p in parts]
+
+
+def _match(
+    folders: Sequence[str],
+    class_names: Sequence[str] | None,
+    num_classes: int | None,
+    path: str | Path,
+) -> tuple[Sequence[str], list[int] | range]:
+    """The names of the class indices, and the class index of each folder."""
+    if class_names is not None:
+        # Two ImageNet classes are both called "crane": such a name says nothing.
+        counts = Counter(class_names)
+        index = {name: i for i, name in enumerate(class_names) if counts[name] == 1}
+        if index.keys() >= set(folders):
+            return class_names, [index[folder] for folder in folders]
+        num_classes = len(class_names)
+    if num_classes is not None and num_classes != len(folders):
+        wanted = f": {_few(class_names)}" if class_names else ""
+        raise DataError(
+            f"'{path}' has {len(folders)} class folders ({_few(folders)}), but the model has "
+            f"{num_classes} classes{wanted}. Use the data that the model was trained for, or name "
+            "the folders as the model names its classes."
+        )
+    return folders, range(len(folders))
+
+
+def _balanced(labels: Sequence[int], limit: int, seed: int) -> list[int]:
+    """Positions of `limit` images, in order: first one of every class, then a second one, ..."""
+    shuffled = list(range(len(labels)))
+    random.Random(seed).shuffle(shuffled)
+    seen: Counter[int] = Counter()
+    turns = []
+    for position in shuffled:
+        turns.append((seen[labels[position]], position))
+        seen[labels[position]] += 1
+    turns.sort(key=lambda turn: turn[0])  # stable: ties stay shuffled
+    return sorted(position for _, position in turns[:limit])
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

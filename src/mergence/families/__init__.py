@@ -1,0 +1,1 @@
+"""One file a library: what its models and blocks look like."""

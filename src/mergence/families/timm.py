@@ -1,0 +1,278 @@
+"""timm's plain Vision Transformers: ViT, DeiT, DeiT-3, DINOv2, CLIP and SigLIP image towers.
+
+Written against timm 1.0.31; needs 1.0.16, which brought `attn_mask` to the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mergence.errors import ReducedOutputError, UnsupportedModelError
+from mergence.family import Family, ModelSpec, qualified_names
+from mergence.macs import BlockCost, ModelCost
+from mergence.state import Carry, attach, attached
+from mergence.step import BlockStep, Program
+from mergence.surgery import LEARNED, original_class
+
+_VIT = "timm.models.vision_transformer."
+_ATTENTION = "timm.layers.attention.Attention"
+_POOLS = ("timm.layers.attention_pool.AttentionPoolLatent",)
+
+
+if TYPE_CHECKING:
+    # What is mixed into a foreign class calls that class through super().
+    _Foreign = Any
+else:
+    _Foreign = object
+
+
+def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """timm's `Attention.forward`, restated because it does not give out its q and k.
+
+    Returns:
+        The attention's output `[B, N, C]`, its queries and its keys `[B, H, N, D]`.
+    """
+    batch, tokens, _ = x.shape
+    gate = None if getattr(attn, "gate", None) is None else attn.gate(x).sigmoid()
+    qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if attn.fused_attn:
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    else:
+        logits = (q * attn.scale) @ k.transpose(-2, -1)
+        y = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ v
+    y = attn.norm(y.transpose(1, 2).reshape(batch, tokens, attn.num_heads * attn.head_dim))
+    y = y if gate is None else y * gate
+    return attn.proj_drop(attn.proj(y)), q, k
+
+
+def block_forward(
+    block: Any, x: Tensor, bias: Tensor | None, reduce: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """timm's `Block.forward`, restated with `reduce(x, q, k)` between attention and MLP."""
+    y, q, k = attention(block.attn, block.norm1(x), bias)
+    x = x + block.drop_path1(block.ls1(y))
+    x = reduce(x, q, k)
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+class ReducedBlock(_Foreign):
+    """Mixed into `timm.models.vision_transformer.Block`."""
+
+    _mergence: BlockStep
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """The block's forward, with fewer tokens after it where the schedule says so."""
+        step, dense = self._mergence, super()
+        if step.program.run.disabled:
+            return dense.forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        if attn_mask is not None or is_causal:
+            raise ReducedOutputError(
+                "A reduced model was given an attention mask. The mask speaks of the original "
+                "tokens, which are merged on the way. Call without a mask, or use "
+                "mergence.disabled(model)."
+            )
+        carry = step.enter(x)
+        slots = step.slots(carry)
+        if slots is None:
+            x = dense.forward(x, attn_mask=carry.bias)
+        else:
+            after = carry
+
+            def reduce(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                nonlocal after
+                learned = getattr(self, LEARNED, None)
+                x, after = step.reduce(x, q, k, self.attn.scale, carry, slots, learned)
+                return x
+
+            x = block_forward(self, x, carry.bias, reduce)
+            carry = after
+        step.leave(x, carry)
+        return x
+
+
+class ReducedModel(_Foreign):
+    """Mixed into `timm.models.vision_transformer.VisionTransformer`."""
+
+    _mergence: Program
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """The model's forward, as one run."""
+        with self._mergence.run.forward(_grid(self, x)):
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+
+    def forward_features(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """The model's features, reduced; they remember their sizes for `forward_head`."""
+        run = self._mergence.run
+        with run.forward(_grid(self, x)):
+            y = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+            attach(y, run.carry)
+            return y
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the intermediates of a reduced model have fewer tokens than the grid."""
+        if self._mergence.run.disabled:
+            return super().forward_intermediates(x, *args, **kwargs)
+        raise ReducedOutputError(
+            "forward_intermediates of a reduced model would have to return full feature maps, and "
+            "its blocks have merged tokens. Wrap the call in mergence.disabled(model), or follow "
+            "patches with mergence.trace(model, images)."
+        )
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """The model's pooling, in which a merged token counts as often as the patches in it."""
+        run = self._mergence.run
+        kind = self.global_pool if pool_type is None else pool_type
+        by_size = self.attn_pool is not None or kind in ("avg", "avgmax")
+        if run.disabled or not by_size:
+            return super().pool(x, pool_type)
+        carry = run.carry if run.active else attached(x)
+        if carry is None and x.shape[1] != self._mergence.prefix + self._mergence.patches:
+            raise ReducedOutputError(
+                f"The head got {x.shape[1]} tokens whose sizes are not known, and it pools by size. "
+                "Pass it the very tensor that forward_features returned, or call the whole model."
+            )
+        if carry is None or carry.size is None:
+            return super().pool(x, pool_type)
+        return _pool_by_size(self, x, carry.size, kind)
+
+
+def _pool_by_size(model: Any, x: Tensor, size: Tensor, kind: str) -> Tensor:
+    prefix: int = model.num_prefix_tokens
+    if model.pool_include_prefix:
+        size = F.pad(size, (prefix, 0), value=1.0)
+    else:
+        x = x[:, prefix:]
+    if model.attn_pool is not None:
+        y: Tensor = model.attn_pool(x, attn_mask=size.log().to(x.dtype)[:, None, None, :])
+        return y
+    share = (size / size.sum(dim=1, keepdim=True)).to(x.dtype)
+    mean = (share.unsqueeze(1) @ x).squeeze(1)
+    return mean if kind == "avg" else 0.5 * (x.amax(dim=1) + mean)
+
+
+def _grid(model: Any, image: Tensor) -> tuple[int, int]:
+    rows, columns = model.patch_embed.dynamic_feat_size(image.shape[-2:])
+    return int(rows), int(columns)
+
+
+def _linear_macs(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+class Timm(Family):
+    """timm's `VisionTransformer` and `VisionTransformerDistilled`."""
+
+    name: ClassVar[str] = "timm"
+    models: ClassVar[tuple[str, ...]] = (_VIT + "VisionTransformer",)
+    supported: ClassVar[str] = (
+        "timm's VisionTransformer: ViT, DeiT, distilled DeiT, DeiT-3, DINOv2 with and without "
+        "registers, CLIP and SigLIP image towers"
+    )
+    model_mixin: ClassVar[type] = ReducedModel
+    block_mixin: ClassVar[type] = ReducedBlock
+
+    def inspect(self, model: Any) -> ModelSpec:
+        """Read a timm model; see `Family.inspect`."""
+        for index, block in enumerate(model.blocks, start=1):
+            _require(block, (_VIT + "Block",), f"block {index}")
+            _require(block.attn, (_ATTENTION,), f"the attention of block {index}")
+        if model.attn_pool is not None:
+            _require(model.attn_pool, _POOLS, "the attention pool")
+        if not isinstance(model.patch_drop, nn.Identity):
+            raise UnsupportedModelError(
+                "The model drops random patches in training (patch_drop_rate > 0), so patches have "
+                "no fixed place. Build it with patch_drop_rate=0."
+            )
+        blocks = tuple(model.blocks)
+        cost = ModelCost(
+            blocks=tuple(
+                BlockCost(
+                    attention=_linear_macs(b.attn),
+                    mlp=_linear_macs(b.mlp),
+                    width=b.attn.num_heads * b.attn.head_dim,
+                )
+                for b in blocks
+            ),
+            prefix=model.num_prefix_tokens,
+            dim=model.embed_dim,
+            head_dim=blocks[0].attn.head_dim,
+            stem=sum(p.numel() for p in model.patch_embed.parameters() if p.ndim > 1),
+            **_head_cost(model),
+        )
+        return ModelSpec(blocks, int(model.patch_embed.num_patches), cost)
+
+    def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """Tiny random models, one for each kind of timm model covered."""
+        kinds: dict[str, tuple[str, dict[str, Any]]] = {
+            "vit": ("vit_tiny_patch16_224", {}),
+            "vit_avg": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+            "deit_distilled": ("deit_tiny_distilled_patch16_224", {}),
+            "deit3": ("deit3_small_patch16_224", {"init_values": 0.1}),
+            "qk_norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
+            "dinov2": ("vit_small_patch14_dinov2", {"img_size": 224, "init_values": 0.1}),
+            "dinov2_reg": ("vit_small_patch14_reg4_dinov2", {"img_size": 224, "init_values": 0.1}),
+            "clip": ("vit_base_patch16_clip_224", {}),
+            "siglip": ("vit_base_patch16_siglip_224", {}),
+            "siglip_gap": ("vit_base_patch16_siglip_gap_224", {}),
+        }
+
+        def builder(architecture: str, options: dict[str, Any]) -> Callable[[], nn.Module]:
+            def build() -> nn.Module:
+                import timm
+
+                size = {"embed_dim": 48, "depth": 6, "num_heads": 3, "img_size": 96, "patch_size": 16}
+                model: nn.Module = timm.create_model(architecture, **(options | size))
+                return _randomised(model).eval()
+
+            return build
+
+        return {name: builder(*kind) for name, kind in kinds.items()}
+
+
+def _randomised(model: nn.Module) -> nn.Module:
+    # timm's initialisation is so small that tokens hardly differ; tests need tokens that do.
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.1
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * scale)
+    return model
+
+
+def _head_cost(model: Any) -> dict[str, int]:
+    heads = [model.head] + ([model.head_dist] if hasattr(model, "head_dist") else [])
+    head = sum(_linear_macs(h) for h in heads)
+    if model.attn_pool is None:
+        return {"head": head}
+    per_token = _linear_macs(model.attn_pool.kv) + 2 * model.embed_dim
+    return {
+        "head": head + _linear_macs(model.attn_pool) - _linear_macs(model.attn_pool.kv),
+        "head_per_token": per_token,
+    }
+
+
+def _require(module: nn.Module, allowed: tuple[str, ...], what: str) -> None:
+    found = qualified_names(original_class(module))[0]
+    if found not in allowed:
+        raise UnsupportedModelError(
+            f"In this {_VIT}VisionTransformer, {what} is a {found}; mergence restates the forward of "
+            f"{', '.join(allowed)} and would compute something else. Known: {Timm.supported}."
+        )
+
+
+FAMILY = Timm()

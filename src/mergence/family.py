@@ -1,0 +1,118 @@
+"""What a family is: how the transformer blocks of one library look, and how a model is recognised."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import ClassVar
+
+from torch import nn
+
+from mergence.errors import UnsupportedModelError
+from mergence.macs import ModelCost
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What mergence needs to know about one model.
+
+    Attributes:
+        blocks: Its transformer blocks, in order.
+        patches: Patches at its own input size.
+        cost: What its MACs depend on.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    patches: int
+    cost: ModelCost
+
+
+class Family(ABC):
+    """The models of one library that share a kind of block.
+
+    A subclass lives in a file of its own and is instantiated there as `FAMILY`. It never imports its
+    library: classes are recognised by qualified name.
+
+    Attributes:
+        name: The family's name, unique.
+        models: Qualified names of the model classes that it knows.
+        supported: What it covers, for people to read.
+        model_mixin: Mixed into the model: marks forwards, pools by size.
+        block_mixin: Mixed into blocks: reduces between attention and MLP.
+    """
+
+    name: ClassVar[str]
+    models: ClassVar[tuple[str, ...]]
+    supported: ClassVar[str]
+    model_mixin: ClassVar[type]
+    block_mixin: ClassVar[type]
+
+    @abstractmethod
+    def inspect(self, model: nn.Module) -> ModelSpec:
+        """Read a model's structure.
+
+        Raises:
+            UnsupportedModelError: A part of it is of a kind that the family does not cover.
+        """
+
+    @abstractmethod
+    def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """Builders of tiny random models, one for each kind covered, for the contract tests."""
+
+
+def qualified_names(cls: type) -> list[str]:
+    """The qualified names of a class and its bases."""
+    return [f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__]
+
+
+@cache
+def registry() -> Mapping[str, Family]:
+    """All known families by name: those of the package and those of installed plug-ins.
+
+    Raises:
+        UnsupportedModelError: A plug-in wants the name of another family.
+    """
+    import mergence.families as package
+
+    modules = [m.name for m in pkgutil.iter_modules(package.__path__, package.__name__ + ".")]
+    found: list[Family] = [importlib.import_module(name).FAMILY for name in modules]
+    found += [entry.load() for entry in entry_points(group="mergence.families")]
+    families: dict[str, Family] = {}
+    for family in found:
+        if families.setdefault(family.name, family) is not family:
+            raise UnsupportedModelError(
+                f"Two families are called '{family.name}'. Uninstall one, or rename the plug-in's."
+            )
+    return families
+
+
+def find(model: nn.Module) -> Family:
+    """The family of a model.
+
+    Raises:
+        UnsupportedModelError: No family knows the model's class.
+    """
+    family = _match(model)
+    if family is not None:
+        return family
+    inner = next(((name, m) for name, m in model.named_modules() if name and _match(m)), None)
+    known = "; ".join(f"{f.name} ({f.supported})" for f in registry().values())
+    hint = (
+        f"It contains a supported model at '.{inner[0]}': apply to that module instead."
+        if inner
+        else f"Known: {known}."
+    )
+    raise UnsupportedModelError(
+        f"No family knows the model class {qualified_names(type(model))[0]}; windowed, "
+        f"hierarchical and convolutional models have no sequence of tokens to reduce. {hint}"
+    )
+
+
+def _match(model: nn.Module) -> Family | None:
+    names = set(qualified_names(type(model)))
+    return next((f for f in registry().values() if names.intersection(f.models)), None)

@@ -1,0 +1,126 @@
+"""Multiply-adds, counted from the architecture.
+
+Counters that trace a model miss fused attention and see nothing of what a method costs, so the MACs
+are computed: linear layers, attention products, the stem and the head, and everything that reduction
+adds (importance, the method's own rule, the merge, a learned module). A merge is counted as one
+multiply-add per token and channel, which is what a weighted mean needs; that one implementation pads
+it with zeros to a matrix product is not the method's doing. Element-wise work (norms, activations,
+softmax) is left out on both sides, as papers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One transformer block.
+
+    Attributes:
+        attention: Multiply-adds of the attention's linear layers per token.
+        mlp: Multiply-adds of the MLP's linear layers per token.
+        width: Heads times head width; the two attention products cost 2 N N width.
+    """
+
+    attention: int
+    mlp: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Everything about a model that its MACs depend on.
+
+    Attributes:
+        blocks: Its transformer blocks.
+        prefix: Prefix tokens.
+        dim: Channels of a token.
+        head_dim: Channels of one attention head.
+        stem: Multiply-adds of the patch embedding per patch.
+        head: Multiply-adds of the head, whatever the number of tokens.
+        head_per_token: Multiply-adds of the head per token.
+    """
+
+    blocks: tuple[BlockCost, ...]
+    prefix: int
+    dim: int
+    head_dim: int
+    stem: int
+    head: int
+    head_per_token: int = 0
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-adds of one image, by part."""
+
+    stem: int = 0
+    attention: int = 0
+    mlp: int = 0
+    head: int = 0
+    importance: int = 0
+    planning: int = 0
+    merging: int = 0
+    learned: int = 0
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class ReductionCost:
+    """What a method costs at one reduction.
+
+    Attributes:
+        importance: Whether the class row is computed.
+        plan: Multiply-adds of the rule, as a function of tokens and slots.
+        learned: Multiply-adds of the learned module as a function of tokens, or None.
+    """
+
+    importance: bool
+    plan: Callable[[int, int], int]
+    learned: Callable[[int], int] | None = None
+
+
+def count(
+    model: ModelCost,
+    tokens: int,
+    counts: Sequence[int] | None = None,
+    reduction: ReductionCost | None = None,
+) -> Macs:
+    """Multiply-adds of one forward pass on one image.
+
+    Args:
+        model: The model.
+        tokens: Patches of the image.
+        counts: Patch tokens after each block; None is the dense model.
+        reduction: What each reduction costs; None counts the model alone.
+    """
+    attention = mlp = importance = planning = merging = learned = 0
+    before = tokens
+    for index, block in enumerate(model.blocks):
+        after = before if counts is None else counts[index]
+        n = before + model.prefix
+        attention += n * block.attention + 2 * n * n * block.width
+        mlp += (after + model.prefix) * block.mlp
+        if after < before and reduction is not None:
+            importance += reduction.importance * n * block.width
+            planning += reduction.plan(before, after)
+            merging += before * model.dim
+            if before == tokens and reduction.learned is not None:
+                learned = reduction.learned(before)
+        before = after
+    return Macs(
+        stem=tokens * model.stem,
+        attention=attention,
+        mlp=mlp,
+        head=model.head + (before + model.prefix) * model.head_per_token,
+        importance=importance,
+        planning=planning,
+        merging=merging,
+        learned=learned,
+    )

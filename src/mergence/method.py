@@ -1,0 +1,180 @@
+"""What a method is, and how it is found by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from mergence.errors import OptionError, RecipeError, UnknownNameError
+from mergence.plan import MergePlan, TokenView
+from mergence.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """One way to reduce tokens: its options and its rule, in one frozen object.
+
+    A subclass is a frozen dataclass in a file of its own, registered under its name, with one
+    method, `plan`. Its fields are its options; they validate themselves in `__post_init__`.
+
+    Attributes:
+        size_attention: Add log(size) to the attention logits from the first reduction on, so that a
+            merged token draws the attention of all the patches that it stands for (ToMe,
+            arXiv 2210.09461, section 3.3, there called proportional attention).
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Which of `importance` and `keys` the rule reads."""
+    shape: ClassVar[Schedule]
+    """The schedule of the method's own paper; its strength is solved for when MACs are given."""
+
+    size_attention: bool = True
+
+    @abstractmethod
+    def plan(self, tokens: TokenView, slots: int) -> MergePlan:
+        """Say where each of the N patch tokens goes.
+
+        Args:
+            tokens: What may be seen of them.
+            slots: How many slots there are afterwards, 1 to N - 1.
+        """
+
+    def fewest_slots(self, tokens: int) -> int:
+        """The smallest number of slots that the rule can reach from `tokens` in one step."""
+        return 1
+
+    def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:
+        """Multiply-adds of the rule for one image, importance left out."""
+        return 0
+
+    def learned(self, dim: int) -> nn.Module | None:
+        """A module with parameters that prepares the patch tokens for the first reduction.
+
+        It is called as `module(x, grid)` with `x [B, N, C]` in raster order and the patch grid, and
+        has a method `macs(tokens)`. It must be the identity until trained.
+        """
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method as plain JSON values."""
+        return {"method": self.name, "version": self.version, **dataclasses.asdict(self)}
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """The names of the method's options."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+
+M = TypeVar("M", bound=type[Method])
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: make a method known under `name`.
+
+    Raises:
+        UnknownNameError: Another method has the name already.
+    """
+
+    def add(cls: M) -> M:
+        taken = _REGISTRY.get(name)
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise UnknownNameError(
+                f"The method name '{name}' is taken by {taken.__module__}.{taken.__qualname__}. "
+                f"Choose another name for {cls.__module__}.{cls.__qualname__}."
+            )
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+@cache
+def _discover() -> None:
+    import mergence.methods as package
+
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+    for entry in entry_points(group="mergence.methods"):
+        entry.load()
+
+
+def registry() -> Mapping[str, type[Method]]:
+    """All known methods by name: those of the package and those of installed plug-ins."""
+    _discover()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def names() -> list[str]:
+    """The names of all known methods."""
+    return list(registry())
+
+
+def build(name: str, options: Mapping[str, Any]) -> Method:
+    """Make a method from its name and options.
+
+    Raises:
+        UnknownNameError: No method has that name.
+        OptionError: An option is unknown or its value is out of range.
+    """
+    known = registry()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise UnknownNameError(
+            f"There is no method '{name}'.{hint} Known methods: {', '.join(known)}."
+        )
+    cls = known[name]
+    unknown = [key for key in options if key not in cls.options()]
+    if unknown:
+        raise OptionError(
+            f"Method '{name}' has no option '{unknown[0]}'. "
+            f"Its options: {', '.join(cls.options())}."
+        )
+    return cls(**options)
+
+
+def from_dict(data: Mapping[str, Any]) -> Method:
+    """Make a method from what `Method.to_dict` wrote.
+
+    Raises:
+        RecipeError: The entry was written by a newer version of the method.
+    """
+    options = dict(data)
+    name, version = str(options.pop("method")), int(options.pop("version", 1))
+    known = registry().get(name)
+    if known is not None and version > known.version:
+        raise RecipeError(
+            f"The recipe holds version {version} of method '{name}', and this mergence knows "
+            f"version {known.version}. Upgrade mergence to use it."
+        )
+    return build(name, options)
+
+
+def check_range(
+    method: Method, field: str, low: float, high: float = float("inf"), *, integer: bool = False
+) -> None:
+    """Check that an option is a number within bounds.
+
+    Raises:
+        OptionError: It is not.
+    """
+    value = getattr(method, field)
+    kind = int if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        what = "a whole number" if integer else "a number"
+        bounds = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+        raise OptionError(f"{type(method).__name__}.{field} is {value!r}; give {what} {bounds}.")

@@ -1,0 +1,60 @@
+"""The default method: importance x redundancy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from mergence.method import Method, check_range, register
+from mergence.plan import MergePlan, TokenView, keep_highest
+from mergence.schedule import KeepRate, Schedule
+
+
+@register("mergence")
+@dataclass(frozen=True, kw_only=True)
+class Mergence(Method):
+    """Merge the tokens that matter little *and* are said again by a more important token.
+
+    The cost of removing token i is
+
+        alpha * log(importance_i) + log(1 + epsilon - max over j more important than i of cos(i, j))
+
+    The cheapest tokens leave; each joins the most similar token that stays, in a size-weighted mean.
+    This project's own method; it starts from the split into crucial and non-crucial tokens of
+    arXiv 2306.04897 and adds redundancy to the choice.
+
+    Attributes:
+        alpha: Weight of importance. 0 is pure redundancy; a large value is top-k by importance.
+        epsilon: What a perfect copy still costs; softens the preference for near-copies.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"importance"})
+    shape: ClassVar[Schedule] = KeepRate()
+
+    alpha: float = 0.25
+    epsilon: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_range(self, "alpha", 0)
+        check_range(self, "epsilon", 1e-6)
+
+    def plan(self, tokens: TokenView, slots: int) -> MergePlan:
+        """See `Method.plan`."""
+        importance = torch.nan_to_num(tokens.importance, nan=0.0).clamp(min=1e-12)
+        metric = F.normalize(tokens.x, dim=2)
+        similarity = (metric @ metric.transpose(1, 2)).float()
+        # Among equally important tokens the earlier one counts as more important: a strict order,
+        # so that of two copies exactly one is redundant.
+        position = torch.arange(importance.shape[1], device=importance.device)
+        own, other = importance.unsqueeze(2), importance.unsqueeze(1)
+        above = (other > own) | ((other == own) & (position < position.unsqueeze(1)))
+        nearest_above = torch.where(above, similarity, -1.0).amax(dim=2).clamp(-1.0, 1.0)
+        cost = self.alpha * importance.log() + torch.log(1 + self.epsilon - nearest_above)
+        return keep_highest(cost, slots).merge_to_nearest(metric, tokens.size)
+
+    def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:
+        """One similarity between all tokens; the matching reads parts of it again."""
+        return tokens * tokens * dim + (tokens - slots) * slots * dim

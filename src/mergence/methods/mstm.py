@@ -1,0 +1,52 @@
+"""MSTM, the seed: multi-scale and token mergence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from torch.nn import functional as F
+
+from mergence.errors import OptionError
+from mergence.method import Method, register
+from mergence.multiscale import MultiScaleFusion
+from mergence.plan import MergePlan, TokenView, keep_highest
+from mergence.schedule import KeepRate, Schedule
+
+
+@register("mstm")
+@dataclass(frozen=True, kw_only=True)
+class Mstm(Method):
+    """Keep the most important tokens; merge each other one into the crucial token it resembles.
+
+    Bian, Wang, Han, Wang, *Multi-Scale And Token Mergence: Make Your ViT More Efficient*,
+    arXiv 2306.04897. Only the abstract is public to us. Our reading where it is silent: importance is
+    class attention, resemblance is the cosine of block features, blocks 4, 7 and 10 as in EViT,
+    size-weighted means, size attention.
+
+    Attributes:
+        fusion: Insert `MultiScaleFusion` before the first reduction. It has no effect until trained.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"importance"})
+    shape: ClassVar[Schedule] = KeepRate()
+
+    fusion: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fusion, bool):
+            raise OptionError(f"Mstm.fusion is {self.fusion!r}; give True or False.")
+
+    def plan(self, tokens: TokenView, slots: int) -> MergePlan:
+        """See `Method.plan`."""
+        crucial = keep_highest(tokens.importance, slots)
+        return crucial.merge_to_nearest(F.normalize(tokens.x, dim=2), tokens.size)
+
+    def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:
+        """Similarity between non-crucial and crucial tokens."""
+        return (tokens - slots) * slots * dim
+
+    def learned(self, dim: int) -> nn.Module | None:
+        """The multi-scale fusion, if asked for."""
+        return MultiScaleFusion(dim) if self.fusion else None

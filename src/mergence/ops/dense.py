@@ -1,0 +1,31 @@
+"""Merging without scatter: one one-hot matrix and one batched matrix product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mergence.plan import MergePlan
+
+
+def merge(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    """Merge tokens into the slots of a plan.
+
+    Args:
+        x: `[B, N, C]` tokens.
+        size: `[B, N]` float32, how many patches each token stands for.
+        plan: A plan for these N tokens.
+
+    Returns:
+        The weighted mean of each slot, `[B, slots, C]` in the type of `x`, and the sum of the sizes
+        in each slot, `[B, slots]` float32. A slot whose weights are all zero yields zeros.
+    """
+    index = torch.arange(plan.slots, device=x.device).unsqueeze(1)
+    member = plan.slot.unsqueeze(1) == index
+    # Normalised in float32 before the cast: a token alone in its slot then has weight exactly 1 and
+    # passes unchanged, in bfloat16 too.
+    weight = torch.where(member, plan.weight.float().unsqueeze(1), 0.0)
+    total = weight.sum(dim=2, keepdim=True)
+    share = weight / torch.where(total > 0, total, 1.0)
+    merged_size = (member.to(size.dtype) @ size.unsqueeze(2)).squeeze(2)
+    return share.to(x.dtype) @ x, merged_size

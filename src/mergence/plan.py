@@ -1,0 +1,146 @@
+"""The plan: which slot each token goes to, and with what weight.
+
+Everything mergence does follows from this one map. The merge is a weighted mean per slot; pruning
+is slot -1; plans compose into the source map that says where every original patch ended up.
+
+Plans speak of *patch* tokens only. Prefix tokens (class, distillation, registers) are set aside
+before a method is asked and put back in front afterwards, so that no method can touch them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergence.errors import MergenceError
+
+DROPPED = -1
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Where each token goes.
+
+    Attributes:
+        slot: `[B, N]` int64. The slot of each token, or -1 where it is dropped. Slots keep raster
+            order: a slot's index grows with the position of the token that represents it.
+        weight: `[B, N]`, positive. The share of each token in the mean of its slot, not normalised.
+        slots: The number of slots. A plain number, so that shapes stay static.
+    """
+
+    slot: Tensor
+    weight: Tensor
+    slots: int
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """What a method may see of the tokens that it plans for, prefix tokens left out.
+
+    `importance` and `keys` are computed only for methods that list them in `needs`.
+
+    Attributes:
+        x: `[B, N, C]` the residual stream between attention and MLP.
+        size: `[B, N]` float32, how many patches each token stands for.
+        block: The block that the tokens are in, counted from 1.
+        depth: The number of blocks of the model.
+    """
+
+    x: Tensor
+    size: Tensor
+    block: int
+    depth: int
+    _importance: Tensor | None = None
+    _keys: Tensor | None = None
+
+    @property
+    def importance(self) -> Tensor:
+        """`[B, N]` float32, positive: attention of the class token, mean over heads."""
+        return self._declared(self._importance, "importance")
+
+    @property
+    def keys(self) -> Tensor:
+        """`[B, N, D]` the block's attention keys, mean over heads."""
+        return self._declared(self._keys, "keys")
+
+    def _declared(self, value: Tensor | None, name: str) -> Tensor:
+        if value is None:
+            raise MergenceError(
+                f"A method read tokens.{name} without declaring it. "
+                f'Add "{name}" to the class attribute `needs` of the method.'
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Tokens split into those that stay and those that leave, both in raster order.
+
+    Attributes:
+        kept: `[B, K]` indices of the tokens that stay.
+        removed: `[B, N - K]` indices of the tokens that leave.
+    """
+
+    kept: Tensor
+    removed: Tensor
+
+    def plan(self, target: Tensor, weight: Tensor) -> MergePlan:
+        """Make the plan in which kept tokens open slots and removed tokens go to `target`.
+
+        Args:
+            target: `[B, N - K]` slot of each removed token, or -1.
+            weight: `[B, N]` weight of each token.
+        """
+        batch, slots = self.kept.shape
+        own = torch.arange(slots, device=target.device).expand(batch, slots)
+        order = torch.cat((self.kept, self.removed), dim=1)
+        # The inverse permutation by argsort: a gather instead of a scatter, which exporters like.
+        slot = torch.cat((own, target), dim=1).gather(1, order.argsort(dim=1))
+        return MergePlan(slot, weight, slots)
+
+    def drop(self, weight: Tensor) -> MergePlan:
+        """Make the plan in which removed tokens are dropped."""
+        return self.plan(torch.full_like(self.removed, DROPPED), weight)
+
+    def merge_to_nearest(self, metric: Tensor, weight: Tensor) -> MergePlan:
+        """Make the plan in which each removed token joins the kept token it resembles most.
+
+        Args:
+            metric: `[B, N, D]` unit vectors; resemblance is their cosine.
+            weight: `[B, N]` weight of each token.
+        """
+        similarity = rows(metric, self.removed) @ rows(metric, self.kept).transpose(1, 2)
+        return self.plan(similarity.argmax(dim=2), weight)
+
+
+def keep_highest(score: Tensor, slots: int) -> Partition:
+    """Split tokens by score: the `slots` highest stay.
+
+    Args:
+        score: `[B, N]`. NaN counts as the lowest; among equals any may stay.
+        slots: How many stay, 1 to N.
+    """
+    score = torch.nan_to_num(score, nan=float("-inf"))
+    # One descending order gives both halves; each half is then put back into raster order.
+    order = score.argsort(dim=1, descending=True)
+    return Partition(order[:, :slots].sort(dim=1).values, order[:, slots:].sort(dim=1).values)
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """Pick tokens: `x [B, N, C]`, `index [B, K]` -> `[B, K, C]`."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def compose(source: Tensor, slot: Tensor) -> Tensor:
+    """Follow patches through one more plan.
+
+    Args:
+        source: `[B, P]` slot of each original patch so far, -1 where dropped.
+        slot: `[B, N]` the next plan's map.
+
+    Returns:
+        `[B, P]` slot of each original patch afterwards.
+    """
+    return torch.where(source < 0, DROPPED, slot.gather(1, source.clamp(min=0)))

@@ -1,0 +1,177 @@
+"""Recipes: method, schedule and options as JSON that travels."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergence import method as methods
+from mergence import schedule as schedules
+from mergence._version import __version__
+from mergence.errors import OptionError, RecipeError, ScheduleError
+from mergence.method import Method
+from mergence.schedule import Constant, Counts, KeepRate, Macs, Schedule
+
+_FORMAT = 1
+_KEYS = {"mergence_recipe", "method", "schedule", "align", "written_by", "notes"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to reduce a model: everything that `apply` needs besides the model.
+
+    Attributes:
+        method: The method with its options.
+        schedule: How many tokens stay after each block.
+        align: Token counts, prefix included, are rounded to multiples of this. 1 rounds nothing.
+        notes: Free JSON values: where the recipe comes from, what it was measured at.
+    """
+
+    method: Method
+    schedule: Schedule
+    align: int = 1
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.align, int) or self.align < 1:
+            raise OptionError(f"align is {self.align!r}; give a whole number of at least 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON values."""
+        return {
+            "mergence_recipe": _FORMAT,
+            "written_by": f"mergence {__version__}",
+            "method": self.method.to_dict(),
+            "schedule": self.schedule.to_dict(),
+            "align": self.align,
+            "notes": dict(self.notes),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Make a recipe from what `to_dict` wrote; unknown keys are warned about.
+
+        Raises:
+            RecipeError: The data is no recipe, or of a newer format.
+        """
+        found = data.get("mergence_recipe")
+        writer = data.get("written_by", "an unknown program")
+        if found is None or not isinstance(data.get("method"), Mapping):
+            raise RecipeError(
+                'This is no mergence recipe: the keys "mergence_recipe" and "method" are missing. '
+                f"Found: {', '.join(map(str, data)) or 'nothing'}."
+            )
+        if found > _FORMAT:
+            raise RecipeError(
+                f"The recipe has format {found} (written by {writer}), and mergence {__version__} "
+                f"reads formats up to {_FORMAT}. Upgrade mergence."
+            )
+        unknown = sorted(set(data) - _KEYS)
+        if unknown:
+            warnings.warn(
+                f"The recipe was written by {writer} and has keys that mergence {__version__} does "
+                f"not know; they are ignored: {', '.join(unknown)}.",
+                stacklevel=2,
+            )
+        return cls(
+            method=methods.from_dict(data["method"]),
+            schedule=schedules.from_dict(data.get("schedule", {})),
+            align=data.get("align", 1),
+            notes=data.get("notes", {}),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe file.
+
+        Raises:
+            RecipeError: The file is missing, is no JSON or no recipe.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"The recipe '{path}' cannot be read: {error}.") from error
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"The recipe '{path}' is not valid JSON: {error}.") from error
+        if not isinstance(data, Mapping):
+            raise RecipeError(f"The recipe '{path}' holds a {type(data).__name__}, not an object.")
+        return cls.from_dict(data)
+
+
+def make(
+    method: str | Path | Method | Recipe = "mergence",
+    *,
+    macs: float | None = None,
+    keep_rate: float | None = None,
+    r: float | None = None,
+    schedule: Schedule | list[int] | tuple[int, ...] | None = None,
+    align: int | None = None,
+    **options: Any,
+) -> Recipe:
+    """Make a recipe from what a user says; see `mergence.apply` for the arguments.
+
+    Raises:
+        OptionError: Arguments contradict each other.
+        ScheduleError: A number is out of range.
+    """
+    if isinstance(method, Path) or (isinstance(method, str) and method.endswith(".json")):
+        method = Recipe.load(method)
+    given = {"macs": macs, "keep_rate": keep_rate, "r": r, "schedule": schedule}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise OptionError(
+            f"{' and '.join(given)} each say how much to reduce. Give only one of them."
+        )
+    if isinstance(method, Recipe):
+        if given or options:
+            raise OptionError(
+                f"A recipe already says everything; {', '.join([*given, *options])} cannot be given "
+                "with it. Edit the recipe, or name the method instead."
+            )
+        return method if align is None else dataclasses.replace(method, align=align)
+    if isinstance(method, str):
+        method = methods.build(method, options)
+    elif options:
+        raise OptionError(
+            f"{type(method).__name__}(...) holds its own options; {', '.join(options)} cannot be "
+            f"given beside it. Write {type(method).__name__}({next(iter(options))}=...)."
+        )
+    return Recipe(method, _schedule(method, given), 1 if align is None else align)
+
+
+def _schedule(method: Method, given: dict[str, Any]) -> Schedule:
+    match given:
+        case {"macs": macs}:
+            return Macs(macs=_number("macs", macs), shape=method.shape)
+        case {"keep_rate": keep_rate}:
+            return KeepRate(keep_rate=_number("keep_rate", keep_rate))
+        case {"r": r}:
+            return Constant(r=_number("r", r))
+        case {"schedule": Schedule() as schedule}:
+            return schedule
+        case {"schedule": list() | tuple() as counts}:
+            return Counts(after=tuple(counts))
+        case {"schedule": other}:
+            raise ScheduleError(
+                f"schedule is a {type(other).__name__}; give a mergence schedule such as "
+                "KeepRate(...) or a list of patch tokens left after each block."
+            )
+    raise OptionError(
+        "Nothing says how much to reduce. Give macs=0.67 for two thirds of the work, or keep_rate, "
+        "r, schedule, or a recipe file."
+    )
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise OptionError(f"{name} is {value!r}, a {type(value).__name__}; give a number.")
+    return value

@@ -1,0 +1,70 @@
+"""What `describe` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mergence.macs import Macs
+from mergence.method import Method
+from mergence.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is applied to a model; prints as a short text.
+
+    Attributes:
+        model: The model's class.
+        family: Its family.
+        method: The method.
+        schedule: The schedule.
+        patches: Patch tokens before the first block.
+        prefix: Prefix tokens, never reduced.
+        counts: Patch tokens after each block.
+        dense: MACs of one image without reduction.
+        reduced: MACs of one image with it.
+    """
+
+    model: str
+    family: str
+    method: Method
+    schedule: Schedule
+    patches: int
+    prefix: int
+    counts: tuple[int, ...]
+    dense: Macs
+    reduced: Macs
+
+    @property
+    def macs_ratio(self) -> float:
+        """MACs with reduction as a share of those without."""
+        return self.reduced.total / self.dense.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """The description as plain JSON values."""
+        return {
+            "model": self.model,
+            "family": self.family,
+            "method": self.method.to_dict(),
+            "schedule": self.schedule.to_dict(),
+            "patches": self.patches,
+            "prefix": self.prefix,
+            "counts": list(self.counts),
+            "gmacs_dense": self.dense.total / 1e9,
+            "gmacs": self.reduced.total / 1e9,
+            "macs_ratio": self.macs_ratio,
+        }
+
+    def __str__(self) -> str:
+        reduced = self.reduced
+        overhead = reduced.importance + reduced.planning + reduced.merging + reduced.learned
+        return "\n".join(
+            (
+                f"{self.model} ({self.family}) with {self.method}",
+                f"  patch tokens  {self.patches} → {' '.join(map(str, self.counts))}"
+                f"  (+ {self.prefix} prefix)",
+                f"  MACs          {self.dense.total / 1e9:.3f} G → {reduced.total / 1e9:.3f} G"
+                f"  ({self.macs_ratio:.1%}; {overhead / self.dense.total:.2%} for reducing)",
+            )
+        )

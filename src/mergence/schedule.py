@@ -1,0 +1,291 @@
+"""How many patch tokens are left after each block: numbers only, no tensors.
+
+A schedule is resolved once, when a method is applied, for the model's number of patches; counts are
+then plain integers, so shapes stay static.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from mergence.errors import RecipeError, ScheduleError
+
+
+def _any_fewer(tokens: int) -> int:
+    return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a schedule is resolved for.
+
+    Attributes:
+        tokens: Patch tokens before the first block.
+        depth: Number of blocks.
+        prefix: Prefix tokens; they are never reduced and count only for `align`.
+        align: Token counts, prefix included, are rounded to multiples of this. 1 rounds nothing.
+        fewest: The smallest count that the method can reach from a given count in one step.
+        share: MACs of a list of counts as a share of the dense model's.
+    """
+
+    tokens: int
+    depth: int
+    share: Callable[[tuple[int, ...]], float]
+    prefix: int = 0
+    align: int = 1
+    fewest: Callable[[int], int] = _any_fewer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(ABC):
+    """How many patch tokens are left after each block."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def raw(self, setting: Setting) -> tuple[int, ...]:
+        """The counts as the schedule wants them, before alignment and checks."""
+
+    def counts(self, setting: Setting) -> tuple[int, ...]:
+        """Patch tokens left after each block.
+
+        Raises:
+            ScheduleError: The schedule cannot be carried out.
+        """
+        return check(aligned(self.raw(setting), setting), setting)
+
+    def with_strength(self, strength: float, setting: Setting) -> Self:
+        """The same shape, reducing nothing at strength 0 and as much as it can at 1."""
+        raise ScheduleError(
+            f"The schedule '{self.kind}' is fixed and cannot be fitted to a share of the MACs. "
+            "Give either macs or the schedule, not both."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The schedule as plain JSON values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"kind": self.kind} | {
+            key: value.to_dict() if isinstance(value, Schedule) else value
+            for key, value in values.items()
+            if value is not None
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepRate(Schedule):
+    """Keep a share of the tokens at chosen blocks, rounded up (EViT, arXiv 2202.07800).
+
+    Attributes:
+        keep_rate: The share kept at each of the blocks, above 0 and at most 1.
+        blocks: Blocks counted from 1. None means after each quarter of the depth, which is blocks
+            4, 7 and 10 of 12, as in the paper.
+    """
+
+    kind: ClassVar[str] = "keep_rate"
+
+    keep_rate: float = 1.0
+    blocks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_rate <= 1:
+            raise ScheduleError(
+                f"keep_rate is {self.keep_rate}; give a number above 0 and at most 1."
+            )
+
+    def raw(self, setting: Setting) -> tuple[int, ...]:
+        chosen = self.blocks or tuple(setting.depth * quarter // 4 + 1 for quarter in (1, 2, 3))
+        _check_blocks(chosen, setting.depth)
+        left, counts = setting.tokens, []
+        for block in range(1, setting.depth + 1):
+            if block in chosen:
+                # The tiny subtraction keeps 0.7 * 10 = 7.000000000000001 from becoming 8.
+                left = math.ceil(self.keep_rate * left - 1e-9)
+            counts.append(left)
+        return tuple(counts)
+
+    def with_strength(self, strength: float, setting: Setting) -> Self:
+        return dataclasses.replace(self, keep_rate=max(1 - strength, 1e-6))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(Schedule):
+    """Remove the same number of tokens after each block (ToMe, arXiv 2210.09461).
+
+    Attributes:
+        r: Tokens removed per block. A fraction is honoured on average over the blocks. Where the
+            method cannot remove so many at once, as many as it can are removed.
+        first: The first block that removes tokens, counted from 1.
+    """
+
+    kind: ClassVar[str] = "constant"
+
+    r: float = 0.0
+    first: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.r >= 0:
+            raise ScheduleError(f"r is {self.r}; give the number of tokens to remove per block.")
+
+    def raw(self, setting: Setting) -> tuple[int, ...]:
+        _check_blocks((self.first,), setting.depth)
+        left, counts = setting.tokens, []
+        for block in range(1, setting.depth + 1):
+            if block >= self.first:
+                wanted = setting.tokens - round(self.r * (block - self.first + 1))
+                left = max(min(wanted, left), setting.fewest(left), 1)
+            counts.append(left)
+        return tuple(counts)
+
+    def with_strength(self, strength: float, setting: Setting) -> Self:
+        return dataclasses.replace(self, r=strength * setting.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts(Schedule):
+    """The counts themselves.
+
+    Attributes:
+        after: Patch tokens after each block, one number a block.
+        of: The number of patches that the counts were made for. At another number of patches (another
+            resolution) they are scaled. None takes the counts as they are.
+    """
+
+    kind: ClassVar[str] = "counts"
+
+    after: tuple[int, ...]
+    of: int | None = None
+
+    def raw(self, setting: Setting) -> tuple[int, ...]:
+        if len(self.after) != setting.depth:
+            raise ScheduleError(
+                f"The schedule lists {len(self.after)} counts and the model has {setting.depth} "
+                "blocks. Give one count a block: the patch tokens left after it."
+            )
+        if self.of is None or self.of == setting.tokens:
+            return self.after
+        return tuple(max(round(n * setting.tokens / self.of), 1) for n in self.after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Macs(Schedule):
+    """The gentlest schedule of a shape that needs at most a share of the dense MACs.
+
+    Attributes:
+        macs: The share, above 0 and at most 1. What is counted: see `mergence.macs`.
+        shape: The shape to fit.
+    """
+
+    kind: ClassVar[str] = "macs"
+
+    macs: float
+    shape: Schedule
+
+    def __post_init__(self) -> None:
+        if not 0 < self.macs <= 1:
+            raise ScheduleError(
+                f"macs is {self.macs}; give the share of the dense model's multiply-adds to keep, "
+                "above 0 and at most 1, for example 0.67."
+            )
+
+    def raw(self, setting: Setting) -> tuple[int, ...]:
+        def at(strength: float) -> tuple[int, ...]:
+            raw = self.shape.with_strength(strength, setting).raw(setting)
+            return aligned(raw, setting)
+
+        if setting.share(at(1.0)) > self.macs:
+            raise ScheduleError(
+                f"macs={self.macs} is out of reach: the schedule '{self.shape.kind}' needs at least "
+                f"{setting.share(at(1.0)):.2f} of the dense MACs on this model. Ask for more, or "
+                "give a schedule that starts earlier."
+            )
+        if setting.share(at(0.0)) <= self.macs:
+            return at(0.0)
+        gentle, strong = 0.0, 1.0
+        for _ in range(40):
+            middle = (gentle + strong) / 2
+            if setting.share(at(middle)) > self.macs:
+                gentle = middle
+            else:
+                strong = middle
+        return at(strong)
+
+
+def aligned(counts: tuple[int, ...], setting: Setting) -> tuple[int, ...]:
+    """Round counts, prefix included, to multiples of `setting.align`; unreduced counts stay."""
+    if setting.align <= 1:
+        return counts
+
+    def nearest(count: int) -> int:
+        multiple = max(round((count + setting.prefix) / setting.align), 1) * setting.align
+        while multiple - setting.prefix < 1:
+            multiple += setting.align
+        return min(multiple - setting.prefix, setting.tokens)
+
+    return tuple(nearest(n) if 0 < n < setting.tokens else n for n in counts)
+
+
+def check(counts: tuple[int, ...], setting: Setting) -> tuple[int, ...]:
+    """Return the counts if a model and a method can follow them.
+
+    Raises:
+        ScheduleError: They cannot; the message names the block.
+    """
+    before = setting.tokens
+    for block, after in enumerate(counts, start=1):
+        if not isinstance(after, int) or after < 1:
+            raise ScheduleError(
+                f"After block {block} the schedule keeps {after} of {before} patch tokens. "
+                "At least one must stay; reduce less."
+            )
+        if after > before:
+            raise ScheduleError(
+                f"After block {block} the schedule wants {after} patch tokens, but only {before} "
+                "are left there. Counts can only fall from block to block."
+            )
+        if after < before and after < setting.fewest(before):
+            raise ScheduleError(
+                f"Block {block} would go from {before} to {after} patch tokens, and the method can "
+                f"reach at least {setting.fewest(before)} in one step. Spread the reduction over "
+                "more blocks or choose another method."
+            )
+        before = after
+    return counts
+
+
+def _check_blocks(blocks: tuple[int, ...], depth: int) -> None:
+    for block in blocks:
+        if not 1 <= block <= depth:
+            raise ScheduleError(
+                f"The schedule names block {block}; the model has blocks 1 to {depth}."
+            )
+
+
+_KINDS: dict[str, type[Schedule]] = {c.kind: c for c in (KeepRate, Constant, Counts, Macs)}
+
+
+def from_dict(data: Mapping[str, Any]) -> Schedule:
+    """Make a schedule from what `Schedule.to_dict` wrote.
+
+    Raises:
+        RecipeError: The kind is unknown or a value is missing or superfluous.
+    """
+    values = dict(data)
+    kind = values.pop("kind", None)
+    if kind not in _KINDS:
+        raise RecipeError(
+            f"The recipe's schedule is of kind {kind!r}; known kinds: {', '.join(_KINDS)}."
+        )
+    for key, value in values.items():
+        if isinstance(value, list):
+            values[key] = tuple(value)
+        elif isinstance(value, Mapping):
+            values[key] = from_dict(value)
+    try:
+        return _KINDS[kind](**values)
+    except TypeError as error:
+        raise RecipeError(f"The recipe's schedule '{kind}' is not complete: {error}.") from error

@@ -1,0 +1,91 @@
+"""What one forward pass carries from block to block, apart from the tokens themselves.
+
+Blocks hand each other only the token tensor, so the sizes travel beside it: in a run that belongs to
+the current thread while a model's forward is under way, and attached to the tensor itself wherever
+tokens outlive a forward (the result of `forward_features`, or a block that gradient checkpointing
+runs again during the backward pass, possibly in another thread).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ATTRIBUTE = "_mergence_carry"
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What is known about the tokens at one place in the network.
+
+    Attributes:
+        patches: Patches of the image before any reduction.
+        grid: Patch rows and columns, or None where unknown.
+        size: `[B, N]` float32, how many patches each patch token stands for; None before the first
+            reduction.
+        bias: `[B, 1, 1, P + N]` log(size) with zeros for the prefix tokens, what size attention adds
+            to the logits; None before the first reduction or without size attention.
+        source: `[B, patches]` slot of each patch, kept only while tracing.
+    """
+
+    patches: int
+    grid: tuple[int, int] | None = None
+    size: Tensor | None = None
+    bias: Tensor | None = None
+    source: Tensor | None = None
+
+
+class Run(threading.local):
+    """The forward pass that is under way in this thread, if any.
+
+    Copies and pickles of it are empty: a run belongs to a thread and a moment, not to a model.
+
+    Attributes:
+        active: Whether a forward is under way.
+        carry: What is known about the tokens now; None before the first block that looks.
+        grid: Patch rows and columns of the images of this forward.
+        observers: Receive each reduction while tracing; see `mergence.trace`.
+        disabled: Run the model as if nothing were applied.
+    """
+
+    active: bool = False
+    carry: Carry | None = None
+    grid: tuple[int, int] | None = None
+    observer: Any = None
+    disabled: bool = False
+
+    def __reduce__(self) -> tuple[type[Run], tuple[()]]:
+        return Run, ()
+
+    @contextmanager
+    def forward(self, grid: tuple[int, int] | None) -> Iterator[None]:
+        """Mark a model's forward; inner calls join the outer one.
+
+        The run is reset on entry and on exit, so that nothing of an earlier forward, also of one
+        that failed, can reach a later one.
+        """
+        if self.active:
+            yield
+            return
+        self.active, self.carry, self.grid = True, None, grid
+        try:
+            yield
+        finally:
+            self.active, self.carry, self.grid = False, None, None
+
+
+def attach(x: Tensor, carry: Carry | None) -> None:
+    """Let a tensor remember its carry. Compiled code keeps to the run and does nothing here."""
+    if carry is not None and not torch.compiler.is_compiling():
+        setattr(x, _ATTRIBUTE, carry)
+
+
+def attached(x: Tensor) -> Carry | None:
+    """The carry that a tensor remembers."""
+    return getattr(x, _ATTRIBUTE, None)

@@ -1,0 +1,196 @@
+"""One reduction: ask the method, merge, and keep the books."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from mergence import ops
+from mergence.errors import ReducedOutputError
+from mergence.importance import attention_from
+from mergence.macs import Macs, ModelCost, ReductionCost, count
+from mergence.method import Method
+from mergence.plan import TokenView, compose
+from mergence.schedule import Schedule, Setting
+from mergence.state import Carry, Run, attach, attached
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything the blocks of one model need to know: fixed when a method is applied.
+
+    Attributes:
+        method: The method.
+        schedule: How many tokens stay.
+        align: Multiple that token counts are rounded to.
+        cost: What the model's MACs depend on.
+        patches: Patches at the model's own input size.
+        learned: MACs of the method's learned module as a function of tokens, or None.
+        run: The state of the forward that is under way.
+    """
+
+    method: Method
+    schedule: Schedule
+    align: int
+    cost: ModelCost
+    patches: int
+    learned: Callable[[int], int] | None = None
+    run: Run = field(default_factory=Run)
+    _counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.cost.blocks)
+
+    @property
+    def prefix(self) -> int:
+        """Number of prefix tokens."""
+        return self.cost.prefix
+
+    def counts(self, patches: int | None = None) -> tuple[int, ...]:
+        """Patch tokens after each block, for an image of so many patches.
+
+        Raises:
+            ScheduleError: The schedule cannot be carried out at this number of patches.
+        """
+        patches = self.patches if patches is None else patches
+        if patches not in self._counts:
+            dense = self.macs(patches, dense=True).total
+            setting = Setting(
+                tokens=patches,
+                depth=self.depth,
+                prefix=self.prefix,
+                align=self.align,
+                fewest=self.method.fewest_slots,
+                share=lambda counts: self._macs_at(patches, counts).total / dense,
+            )
+            self._counts[patches] = self.schedule.counts(setting)
+        return self._counts[patches]
+
+    def macs(self, patches: int | None = None, *, dense: bool = False) -> Macs:
+        """MACs of one image, of the reduced or of the dense model."""
+        patches = self.patches if patches is None else patches
+        return count(self.cost, patches) if dense else self._macs_at(patches, self.counts(patches))
+
+    def _macs_at(self, patches: int, counts: tuple[int, ...]) -> Macs:
+        def plan(tokens: int, slots: int) -> int:
+            return self.method.plan_macs(tokens, slots, self.cost.dim, self.cost.head_dim)
+
+        reduction = ReductionCost("importance" in self.method.needs, plan, self.learned)
+        return count(self.cost, patches, counts, reduction)
+
+    def first_reduction(self) -> int | None:
+        """Index of the first block that reduces at the model's own input size, or None."""
+        counts = self.counts()
+        return next((i for i, n in enumerate(counts) if n < self.patches), None)
+
+
+@dataclass(frozen=True)
+class BlockStep:
+    """The part of a program that one block carries out.
+
+    Attributes:
+        program: The program.
+        index: The block's place, counted from 0.
+    """
+
+    program: Program
+    index: int
+
+    def enter(self, x: Tensor) -> Carry:
+        """What is known about the tokens that enter the block.
+
+        Raises:
+            ReducedOutputError: The block was called by itself with tokens that cannot be placed.
+        """
+        run = self.program.run
+        known = run.carry if run.active else attached(x)
+        first = self.program.first_reduction()
+        if known is None:
+            if not run.active and first is not None and self.index > first:
+                raise ReducedOutputError(
+                    f"Block {self.index + 1} of a reduced model was called by itself, and the sizes "
+                    "of its tokens are not known. Call the model's forward or forward_features, or "
+                    "use mergence.disabled(model) to run single blocks."
+                )
+            known = Carry(patches=x.shape[1] - self.program.prefix, grid=run.grid)
+        if run.active and torch.is_grad_enabled():
+            # Gradient checkpointing may call this block again when the run is long over.
+            attach(x, known)
+        return known
+
+    def slots(self, carry: Carry) -> int | None:
+        """How many patch tokens the block leaves, or None where it removes none."""
+        counts = self.program.counts(carry.patches)
+        before = counts[self.index - 1] if self.index else carry.patches
+        return counts[self.index] if counts[self.index] < before else None
+
+    def leave(self, x: Tensor, carry: Carry) -> None:
+        """Hand the books to the next block."""
+        run = self.program.run
+        if run.active:
+            run.carry = carry
+        else:
+            attach(x, carry)
+
+    def reduce(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        scale: float,
+        carry: Carry,
+        slots: int,
+        learned: nn.Module | None = None,
+    ) -> tuple[Tensor, Carry]:
+        """Reduce the tokens between attention and MLP.
+
+        Args:
+            x: `[B, P + N, C]` prefix and patch tokens.
+            q: `[B, H, P + N, D]` the queries that the block's attention used.
+            k: `[B, H, P + N, D]` its keys.
+            scale: The factor on its logits.
+            carry: What is known about the tokens.
+            slots: How many patch tokens to leave.
+            learned: The method's learned module, at the first reduction.
+
+        Returns:
+            `[B, P + slots, C]` and what is known about these tokens.
+        """
+        method, prefix, observer = self.program.method, self.program.prefix, self.program.run.observer
+        front, patches = x[:, :prefix], x[:, prefix:]
+        if learned is not None:
+            patches = learned(patches, carry.grid)
+        size = carry.size
+        if size is None:
+            size = torch.ones(patches.shape[:2], device=x.device)
+        # Autocast would turn the merge's output, and with it the residual stream, to half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            importance = keys = None
+            if "importance" in method.needs or observer is not None:
+                query = q[:, :, :1] if prefix else q.mean(dim=2, keepdim=True)
+                importance = attention_from(query, k, scale, carry.bias)[:, prefix:]
+            if "keys" in method.needs:
+                keys = k[:, :, prefix:].mean(dim=1)
+            view = TokenView(patches, size, self.index + 1, self.program.depth, importance, keys)
+            plan = method.plan(view, slots)
+            merged, merged_size = ops.merge(patches, size, plan)
+            bias = _size_bias(merged_size, prefix, x.dtype) if method.size_attention else None
+        after = replace(carry, size=merged_size, bias=bias)
+        if observer is not None:
+            after = replace(after, source=_follow(carry, plan.slot))
+            observer.reduced(self.index + 1, carry, after, plan, importance)
+        return torch.cat((front, merged), dim=1), after
+
+
+def _size_bias(size: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+    bias = nn.functional.pad(size.log(), (prefix, 0))
+    return bias.to(dtype)[:, None, None, :]
+
+
+def _follow(carry: Carry, slot: Tensor) -> Tensor:
+    return slot if carry.source is None else compose(carry.source, slot)
