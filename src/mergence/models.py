@@ -164,8 +164,11 @@ def _check_timm_name(name: str) -> None:
 
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        names = timm.list_models(f"*{architecture}*")[:3]
-        names = names or difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        names = (
+            timm.list_models(f"{architecture}*")[:3]
+            or timm.list_models(f"*{architecture}*")[:3]
+            or difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        )
         hint = f"Did you mean {' or '.join(names)}?" if names else "timm.list_models() lists them."
         raise UnknownNameError(f"timm has no model called '{architecture}'. {hint}")
     tags = timm.list_pretrained(f"{architecture}.*")

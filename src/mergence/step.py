@@ -161,7 +161,11 @@ class BlockStep:
         Returns:
             `[B, P + slots, C]` and what is known about these tokens.
         """
-        method, prefix, observer = self.program.method, self.program.prefix, self.program.run.observer
+        method, prefix, observer = (
+            self.program.method,
+            self.program.prefix,
+            self.program.run.observer,
+        )
         front, patches = x[:, :prefix], x[:, prefix:]
         if learned is not None:
             patches = learned(patches, carry.grid)

@@ -1,36 +1,109 @@
-"""What a reduced forward did with each image, in terms of the original patches."""
+"""Follow every patch through a reduced forward."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from mergence import surgery
+from mergence.errors import MergenceError
+from mergence.plan import MergePlan
+from mergence.state import Carry
+from mergence.step import Program
 
 
 @dataclass(frozen=True)
 class ReductionPoint:
-    """What one reduction did, in terms of the original patches."""
+    """What one reduction did, in terms of the original patches.
+
+    Attributes:
+        block: The block that reduced, counted from 1.
+        source: `[B, patches]` int64, the slot of each patch after this point, all points so far
+            composed; -1 where dropped.
+        size: `[B, slots]` patches that each slot stands for.
+        anchor: `[B, slots]` int64, the patch that represents the slot: its most important one.
+        importance: `[B, patches]` importance of each patch's token when this point chose, NaN where
+            it was dropped earlier.
+    """
 
     block: int
-    """Counted from 1."""
     source: Tensor
-    """[B, patches] int64: patch -> slot after this point (composed over all points), -1 dropped."""
     size: Tensor
-    """[B, slots] patches that each slot stands for."""
     anchor: Tensor
-    """[B, slots] int64: the patch (raster order in the original grid) that represents the slot:
-    its most important one."""
     importance: Tensor
-    """[B, patches] float: importance of each patch at this point (its slot's score before the
-    point), nan where dropped earlier."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a reduced forward did with each image."""
+    """What a reduced forward did with each image.
+
+    Attributes:
+        output: The model's output.
+        grid: Patch rows and columns.
+        points: The reductions, in order.
+        method: The name of the method.
+    """
 
     output: Tensor
     grid: tuple[int, int]
-    """Patch rows, columns."""
     points: tuple[ReductionPoint, ...]
     method: str
+
+
+@dataclass
+class _Observer:
+    grid: tuple[int, int] | None = None
+    points: list[ReductionPoint] = field(default_factory=list)
+
+    def reduced(
+        self, block: int, before: Carry, after: Carry, plan: MergePlan, importance: Tensor
+    ) -> None:
+        assert after.source is not None and after.size is not None  # noqa: S101  what step.reduce set
+        self.grid = after.grid
+        batch, tokens = plan.slot.shape
+        if self.points:
+            source, anchor = self.points[-1].source, self.points[-1].anchor
+        else:
+            source = anchor = torch.arange(tokens, device=plan.slot.device).expand(batch, tokens)
+        at_patch = importance.gather(1, source.clamp(min=0))
+        self.points.append(
+            ReductionPoint(
+                block=block,
+                source=after.source,
+                size=after.size,
+                anchor=anchor.gather(1, _most_important(plan, importance)),
+                importance=torch.where(source < 0, torch.nan, at_patch),
+            )
+        )
+
+
+def _most_important(plan: MergePlan, importance: Tensor) -> Tensor:
+    """The index of the most important token of each slot, `[B, slots]`."""
+    slots = torch.arange(plan.slots, device=plan.slot.device).unsqueeze(1)
+    member = plan.slot.unsqueeze(1) == slots
+    return torch.where(member, importance.unsqueeze(1), -torch.inf).argmax(dim=2)
+
+
+@torch.no_grad()
+def trace(model: nn.Module, images: Tensor) -> Trace:
+    """Run a reduced model and report what became of each patch.
+
+    Args:
+        model: A model that `apply` reduced.
+        images: `[B, C, H, W]`, prepared as for the model.
+
+    Raises:
+        MergenceError: The model is not reduced.
+    """
+    program = surgery.attachment(model)
+    if not isinstance(program, Program):
+        raise MergenceError("The model is not reduced, so there is nothing to trace. Apply first.")
+    observer = program.run.observer = _Observer()
+    try:
+        output = model(images)
+    finally:
+        program.run.observer = None
+    grid = observer.grid or (1, program.patches)
+    return Trace(output, grid, tuple(observer.points), program.method.name)

@@ -28,7 +28,7 @@ _FONT = (9.0, 10.0, 11.0, 12.0)  # points
 _PANEL = (2.3, 1.9, 1.75, 1.6)  # inches
 _MARGIN, _GAP, _BETWEEN = 0.15, 0.08, 0.3
 # Orange and pale blue: told apart in every colour blindness, and neither occurs in grey images.
-_INK, _SOFT, _LINK, _FADED = "#1a1a1a", "#555555", "#e69f00", (0.74, 0.83, 0.95)
+_INK, _SOFT, _LINK, _FADED = "#1a1a1a", "#555555", "#e69f00", (0.74, 0.82, 0.93)
 
 
 def region_colours(image: Tensor, source: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -69,7 +69,7 @@ def crucial_only(image: Tensor, anchor: Tensor, grid: tuple[int, int]) -> Tensor
     mask = F.interpolate(mask.reshape(1, 1, *grid), image.shape[1:], mode="nearest")[0]
     luma = image.mean(0, keepdim=True)
     # A tint, and never dark: in grey images a faded patch must not look like one that stays.
-    faded = image.new_tensor(_FADED)[:, None, None] + 0.2 * (luma - 0.5)
+    faded = image.new_tensor(_FADED)[:, None, None] + 0.14 * (luma - 0.5)
     return torch.where(mask > 0, image, faded.clamp(0, 1))
 
 
@@ -304,7 +304,8 @@ def _regions(
     # White on a faint dark casing shows on light and on dark regions alike.
     axes.add_collection(LineCollection(edges, colors="black", linewidths=1.3, alpha=0.35))
     axes.add_collection(LineCollection(edges, colors="white", linewidths=0.7))
-    axes.add_collection(LineCollection(links, colors=_LINK, linewidths=0.6, alpha=0.85))
+    fade = min(0.9, max(0.4, 12 / max(len(links), 1)))  # many links must not hide the regions
+    axes.add_collection(LineCollection(links, colors=_LINK, linewidths=0.6, alpha=fade))
     dots = anchor[torch.bincount(source[source >= 0], minlength=len(anchor)) > 1]
     x, y = dots % columns + 0.5, dots // columns + 0.5
     axes.scatter(x, y, s=5, c=_LINK, edgecolors="black", linewidths=0.3)
@@ -326,13 +327,13 @@ def _legend(trace: Trace, points: Sequence[ReductionPoint]) -> str:
     text = "The model sees an image as patches, one token each; in the blocks named above, "
     if not any(bool((point.size > 1).any()) for point in points):
         return text + (
-            f"{trace.method} drops the tokens that it can spare (hatched) and keeps the crucial "
-            "ones (full colour)."
+            f"{trace.method} drops the tokens that it can spare (pale, hatched) and keeps the "
+            "crucial ones (full colour)."
         )
     text += (
-        f"{trace.method} merges the tokens that it can spare into the crucial tokens (full colour) "
-        "that they resemble. In the merged regions, each outlined area is one token in its mean "
-        "colour; a dot marks its crucial patch, and lines join parts that lie apart."
+        f"{trace.method} merges the tokens that it can spare (pale) into crucial tokens that stand "
+        "for them (full colour). In the merged regions, each outlined area is one token in its "
+        "mean colour; a dot marks its crucial patch, and lines join parts that lie apart."
     )
     dropped = any(bool((point.source < 0).any()) for point in points)
     return text + (" Hatched patches were dropped." if dropped else "")

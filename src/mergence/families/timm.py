@@ -234,7 +234,13 @@ class Timm(Family):
             def build() -> nn.Module:
                 import timm
 
-                size = {"embed_dim": 48, "depth": 6, "num_heads": 3, "img_size": 96, "patch_size": 16}
+                size = {
+                    "embed_dim": 48,
+                    "depth": 6,
+                    "num_heads": 3,
+                    "img_size": 96,
+                    "patch_size": 16,
+                }
                 model: nn.Module = timm.create_model(architecture, **(options | size))
                 return _randomised(model).eval()
 
