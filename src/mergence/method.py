@@ -13,11 +13,23 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from mergence.errors import OptionError, RecipeError, UnknownNameError
 from mergence.plan import MergePlan, TokenView
 from mergence.schedule import Schedule
+
+
+class Learned(nn.Module, ABC):
+    """A module with parameters that a method puts before the first reduction."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Prepare the tokens: `x [B, N, C]` in raster order, `grid` its rows and columns."""
+
+    @abstractmethod
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds for one image of so many patches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +71,10 @@ class Method(ABC):
         """Multiply-adds of the rule for one image, importance left out."""
         return 0
 
-    def learned(self, dim: int) -> nn.Module | None:
+    def learned(self, dim: int) -> Learned | None:
         """A module with parameters that prepares the patch tokens for the first reduction.
 
-        It is called as `module(x, grid)` with `x [B, N, C]` in raster order and the patch grid, and
-        has a method `macs(tokens)`. It must be the identity until trained.
+        It must be the identity until trained.
         """
         return None
 

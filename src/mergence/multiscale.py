@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mergence.method import Learned
 
-class MultiScaleFusion(nn.Module):
+
+class MultiScaleFusion(Learned):
     """Enrich each patch token with its surroundings at several scales before tokens leave.
 
     Three depth-wise branches look at a patch's direct neighbours, at a dilated neighbourhood and at
@@ -46,7 +48,7 @@ class MultiScaleFusion(nn.Module):
         image = x.transpose(1, 2).reshape(batch, channels, *grid)
         half = F.avg_pool2d(image, 2, ceil_mode=True, count_include_pad=False)
         coarse = F.interpolate(self.coarse(half), size=grid, mode="nearest")
-        fused = (
+        fused: Tensor = (
             self.gates[0] * self.fine(image)
             + self.gates[1] * self.wide(image)
             + self.gates[2] * coarse

@@ -38,7 +38,7 @@ class Recipe:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.align, int) or self.align < 1:
+        if self.align < 1:
             raise OptionError(f"align is {self.align!r}; give a whole number of at least 1.")
 
     def to_dict(self) -> dict[str, Any]:

@@ -151,8 +151,8 @@ class Counts(Schedule):
 
     Attributes:
         after: Patch tokens after each block, one number a block.
-        of: The number of patches that the counts were made for. At another number of patches (another
-            resolution) they are scaled. None takes the counts as they are.
+        of: The number of patches that the counts were made for. At another number of patches,
+            another resolution, they are scaled. None takes the counts as they are.
     """
 
     kind: ClassVar[str] = "counts"
@@ -199,9 +199,9 @@ class Macs(Schedule):
 
         if setting.share(at(1.0)) > self.macs:
             raise ScheduleError(
-                f"macs={self.macs} is out of reach: the schedule '{self.shape.kind}' needs at least "
-                f"{setting.share(at(1.0)):.2f} of the dense MACs on this model. Ask for more, or "
-                "give a schedule that starts earlier."
+                f"macs={self.macs} is out of reach: the schedule '{self.shape.kind}' needs at "
+                f"least {setting.share(at(1.0)):.2f} of the dense MACs on this model. Ask for more, "
+                "or give a schedule that starts earlier."
             )
         if setting.share(at(0.0)) <= self.macs:
             return at(0.0)
@@ -237,7 +237,7 @@ def check(counts: tuple[int, ...], setting: Setting) -> tuple[int, ...]:
     """
     before = setting.tokens
     for block, after in enumerate(counts, start=1):
-        if not isinstance(after, int) or after < 1:
+        if after < 1:
             raise ScheduleError(
                 f"After block {block} the schedule keeps {after} of {before} patch tokens. "
                 "At least one must stay; reduce less."

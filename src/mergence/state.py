@@ -1,7 +1,7 @@
 """What one forward pass carries from block to block, apart from the tokens themselves.
 
-Blocks hand each other only the token tensor, so the sizes travel beside it: in a run that belongs to
-the current thread while a model's forward is under way, and attached to the tensor itself wherever
+Blocks hand each other only the token tensor, so the sizes travel beside it: in a run that belongs
+to the current thread while a model's forward is under way, and attached to the tensor itself where
 tokens outlive a forward (the result of `forward_features`, or a block that gradient checkpointing
 runs again during the backward pass, possibly in another thread).
 """
@@ -29,8 +29,8 @@ class Carry:
         grid: Patch rows and columns, or None where unknown.
         size: `[B, N]` float32, how many patches each patch token stands for; None before the first
             reduction.
-        bias: `[B, 1, 1, P + N]` log(size) with zeros for the prefix tokens, what size attention adds
-            to the logits; None before the first reduction or without size attention.
+        bias: `[B, 1, 1, P + N]` log(size) with zeros for the prefix tokens, which size attention
+            adds to the logits; None before the first reduction or without size attention.
         source: `[B, patches]` slot of each patch, kept only while tracing.
     """
 
@@ -50,7 +50,7 @@ class Run(threading.local):
         active: Whether a forward is under way.
         carry: What is known about the tokens now; None before the first block that looks.
         grid: Patch rows and columns of the images of this forward.
-        observers: Receive each reduction while tracing; see `mergence.trace`.
+        observer: Receives each reduction while tracing; see `mergence.trace`.
         disabled: Run the model as if nothing were applied.
     """
 

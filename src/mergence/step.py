@@ -113,9 +113,9 @@ class BlockStep:
         if known is None:
             if not run.active and first is not None and self.index > first:
                 raise ReducedOutputError(
-                    f"Block {self.index + 1} of a reduced model was called by itself, and the sizes "
-                    "of its tokens are not known. Call the model's forward or forward_features, or "
-                    "use mergence.disabled(model) to run single blocks."
+                    f"Block {self.index + 1} of a reduced model was called by itself, and the "
+                    "sizes of its tokens are not known. Call the model's forward or "
+                    "forward_features, or use mergence.disabled(model) to run single blocks."
                 )
             known = Carry(patches=x.shape[1] - self.program.prefix, grid=run.grid)
         if run.active and torch.is_grad_enabled():
@@ -172,7 +172,7 @@ class BlockStep:
         size = carry.size
         if size is None:
             size = torch.ones(patches.shape[:2], device=x.device)
-        # Autocast would turn the merge's output, and with it the residual stream, to half precision.
+        # Autocast would turn the merge's output, and so the residual stream, to half precision.
         with torch.autocast(x.device.type, enabled=False):
             importance = keys = None
             if "importance" in method.needs or observer is not None:

@@ -20,7 +20,7 @@ LEARNED = "mergence"
 
 
 @cache
-def _reduced_class(base: type[nn.Module], mixin: type) -> type[nn.Module]:
+def _reduced_class(base: type, mixin: type) -> type:
     def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (base, mixin), self.__dict__.copy()
 
@@ -37,10 +37,8 @@ def _reduced_class(base: type[nn.Module], mixin: type) -> type[nn.Module]:
     )
 
 
-def _rebuild(base: type[nn.Module], mixin: type) -> nn.Module:
-    cls = _reduced_class(base, mixin)
-    module: nn.Module = cls.__new__(cls)
-    return module
+def _rebuild(base: type, mixin: type) -> object:
+    return object.__new__(_reduced_class(base, mixin))
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

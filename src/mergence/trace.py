@@ -60,7 +60,8 @@ class _Observer:
     def reduced(
         self, block: int, before: Carry, after: Carry, plan: MergePlan, importance: Tensor
     ) -> None:
-        assert after.source is not None and after.size is not None  # noqa: S101  what step.reduce set
+        if after.source is None or after.size is None:
+            raise MergenceError("A reduction was observed without its books; this is a bug.")
         self.grid = after.grid
         batch, tokens = plan.slot.shape
         if self.points:

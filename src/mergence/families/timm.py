@@ -6,7 +6,7 @@ Written against timm 1.0.31; needs 1.0.16, which brought `attn_mask` to the bloc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
-from mergence.state import Carry, attach, attached
+from mergence.state import Run, attach, attached
 from mergence.step import BlockStep, Program
 from mergence.surgery import LEARNED, original_class
 
@@ -24,15 +24,8 @@ _ATTENTION = "timm.layers.attention.Attention"
 _POOLS = ("timm.layers.attention_pool.AttentionPoolLatent",)
 
 
-if TYPE_CHECKING:
-    # What is mixed into a foreign class calls that class through super().
-    _Foreign = Any
-else:
-    _Foreign = object
-
-
 def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """timm's `Attention.forward`, restated because it does not give out its q and k.
+    """Timm's `Attention.forward`, restated because it does not give out its q and k.
 
     Returns:
         The attention's output `[B, N, C]`, its queries and its keys `[B, H, N, D]`.
@@ -50,31 +43,33 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
         y = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ v
     y = attn.norm(y.transpose(1, 2).reshape(batch, tokens, attn.num_heads * attn.head_dim))
     y = y if gate is None else y * gate
-    return attn.proj_drop(attn.proj(y)), q, k
+    y = attn.proj_drop(attn.proj(y))
+    return y, q, k
 
 
 def block_forward(
     block: Any, x: Tensor, bias: Tensor | None, reduce: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """timm's `Block.forward`, restated with `reduce(x, q, k)` between attention and MLP."""
+    """Timm's `Block.forward`, restated with `reduce(x, q, k)` between attention and MLP."""
     y, q, k = attention(block.attn, block.norm1(x), bias)
     x = x + block.drop_path1(block.ls1(y))
     x = reduce(x, q, k)
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return x
 
 
-class ReducedBlock(_Foreign):
+class ReducedBlock:
     """Mixed into `timm.models.vision_transformer.Block`."""
 
-    _mergence: BlockStep
-
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """The block's forward, with fewer tokens after it where the schedule says so."""
-        step, dense = self._mergence, super()
+        step: BlockStep = self._mergence
+        dense: Any = super()
         if step.program.run.disabled:
-            return dense.forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            x = dense.forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            return x
         if attn_mask is not None or is_causal:
             raise ReducedOutputError(
                 "A reduced model was given an attention mask. The mask speaks of the original "
@@ -85,68 +80,73 @@ class ReducedBlock(_Foreign):
         slots = step.slots(carry)
         if slots is None:
             x = dense.forward(x, attn_mask=carry.bias)
-        else:
-            after = carry
+            step.leave(x, carry)
+            return x
 
-            def reduce(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                nonlocal after
-                learned = getattr(self, LEARNED, None)
-                x, after = step.reduce(x, q, k, self.attn.scale, carry, slots, learned)
-                return x
+        after = carry
 
-            x = block_forward(self, x, carry.bias, reduce)
-            carry = after
-        step.leave(x, carry)
+        def reduce(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            nonlocal after
+            learned = getattr(self, LEARNED, None)
+            x, after = step.reduce(x, q, k, self.attn.scale, carry, slots, learned)
+            return x
+
+        x = block_forward(self, x, carry.bias, reduce)
+        step.leave(x, after)
         return x
 
 
-class ReducedModel(_Foreign):
+class ReducedModel:
     """Mixed into `timm.models.vision_transformer.VisionTransformer`."""
 
-    _mergence: Program
-
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """The model's forward, as one run."""
+        dense: Any = super()
         with self._mergence.run.forward(_grid(self, x)):
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            y: Tensor = dense.forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            return y
 
     def forward_features(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """The model's features, reduced; they remember their sizes for `forward_head`."""
-        run = self._mergence.run
+        dense: Any = super()
+        run: Run = self._mergence.run
         with run.forward(_grid(self, x)):
-            y = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+            y: Tensor = dense.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
             attach(y, run.carry)
             return y
 
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward_intermediates(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Refused: the intermediates of a reduced model have fewer tokens than the grid."""
+        dense: Any = super()
         if self._mergence.run.disabled:
-            return super().forward_intermediates(x, *args, **kwargs)
+            return dense.forward_intermediates(x, *args, **kwargs)
         raise ReducedOutputError(
             "forward_intermediates of a reduced model would have to return full feature maps, and "
             "its blocks have merged tokens. Wrap the call in mergence.disabled(model), or follow "
             "patches with mergence.trace(model, images)."
         )
 
-    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+    def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
         """The model's pooling, in which a merged token counts as often as the patches in it."""
-        run = self._mergence.run
+        dense: Any = super()
+        program: Program = self._mergence
+        run = program.run
         kind = self.global_pool if pool_type is None else pool_type
-        by_size = self.attn_pool is not None or kind in ("avg", "avgmax")
-        if run.disabled or not by_size:
-            return super().pool(x, pool_type)
         carry = run.carry if run.active else attached(x)
-        if carry is None and x.shape[1] != self._mergence.prefix + self._mergence.patches:
+        if run.disabled or not (self.attn_pool is not None or kind in ("avg", "avgmax")):
+            carry = None
+        elif carry is None and x.shape[1] != program.prefix + program.patches:
             raise ReducedOutputError(
                 f"The head got {x.shape[1]} tokens whose sizes are not known, and it pools by size. "
                 "Pass it the very tensor that forward_features returned, or call the whole model."
             )
         if carry is None or carry.size is None:
-            return super().pool(x, pool_type)
+            x = dense.pool(x, pool_type)
+            return x
         return _pool_by_size(self, x, carry.size, kind)
 
 

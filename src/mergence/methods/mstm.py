@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
 from torch.nn import functional as F
 
 from mergence.errors import OptionError
-from mergence.method import Method, register
+from mergence.method import Learned, Method, register
 from mergence.multiscale import MultiScaleFusion
 from mergence.plan import MergePlan, TokenView, keep_highest
 from mergence.schedule import KeepRate, Schedule
@@ -47,6 +46,6 @@ class Mstm(Method):
         """Similarity between non-crucial and crucial tokens."""
         return (tokens - slots) * slots * dim
 
-    def learned(self, dim: int) -> nn.Module | None:
+    def learned(self, dim: int) -> Learned | None:
         """The multi-scale fusion, if asked for."""
         return MultiScaleFusion(dim) if self.fusion else None
