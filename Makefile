@@ -24,7 +24,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 READY := $(VENV)/.ready
 
-# True when the environment works: a broken, moved or too old one is made anew.
+# True when the environment works: a broken or too old one is made anew.
 USABLE := import sys, pip; sys.exit(sys.version_info < (3, 11) or sys.prefix == sys.base_prefix)
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergence import visualize
+from mergence import regions, visualize
 from mergence.errors import DataError, MissingExtraError, OptionError
-from mergence.trace import ReductionPoint, Trace
+from mergence.tracing import ReductionPoint, Trace
 
 RED, GREEN, BLUE, WHITE = (1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0), (1.0, 1.0, 1.0)
 
@@ -51,14 +51,14 @@ def halving(grid: tuple[int, int], count: int, images: int) -> Trace:
 
 def test_a_region_has_the_mean_colour_of_its_patches_wherever_they_lie() -> None:
     image = paint([[RED, GREEN], [WHITE, BLUE]])
-    colours = visualize.region_colours(image, torch.tensor([0, 1, 1, 0]), (2, 2))
+    colours = regions.region_colours(image, torch.tensor([0, 1, 1, 0]), (2, 2))
     purple, pale = (0.5, 0, 0.5), (0.5, 1, 0.5)
     torch.testing.assert_close(colours, torch.tensor([[purple, pale], [pale, purple]]))
 
 
 def test_dropped_patches_have_no_colour_and_lend_none() -> None:
     image = paint([[RED, GREEN], [WHITE, BLUE]])
-    colours = visualize.region_colours(image, torch.tensor([0, -1, -1, 1]), (2, 2))
+    colours = regions.region_colours(image, torch.tensor([0, -1, -1, 1]), (2, 2))
     assert colours[0, 1].isnan().all()
     assert colours[1, 0].isnan().all()
     torch.testing.assert_close(colours[0, 0], torch.tensor(RED))
@@ -67,19 +67,19 @@ def test_dropped_patches_have_no_colour_and_lend_none() -> None:
 
 def test_everything_dropped_is_all_nan() -> None:
     image = paint([[RED, GREEN], [WHITE, BLUE]])
-    assert visualize.region_colours(image, torch.full((4,), -1), (2, 2)).isnan().all()
+    assert regions.region_colours(image, torch.full((4,), -1), (2, 2)).isnan().all()
 
 
 def test_borders_lie_between_different_slots_only() -> None:
     source = torch.tensor([0, 0, 1, 2, 0, 1])  # a grid of two rows and three columns
-    right, below = visualize.region_borders(source, (2, 3))
+    right, below = regions.region_borders(source, (2, 3))
     assert right.tolist() == [[False, True], [True, True]]
     assert below.tolist() == [[True, False, False]]
 
 
 def test_crucial_patches_are_untouched_and_the_others_are_pale() -> None:
     image = paint([[(0, 0, 0), RED, WHITE], [GREEN, BLUE, (0.5, 0.5, 0.5)]], patch=4)
-    shown = visualize.crucial_only(image, torch.tensor([1, 3]), (2, 3))
+    shown = regions.crucial_only(image, torch.tensor([1, 3]), (2, 3))
     kept = torch.zeros(2, 3, dtype=torch.bool)
     kept[0, 1] = kept[1, 0] = True
     kept = kept.repeat_interleave(4, 0).repeat_interleave(4, 1)
@@ -92,14 +92,14 @@ def test_parts_that_lie_apart_are_tied_to_the_anchor() -> None:
     # slot 0 has three parts: patches 0 and 4 (with the anchor), patches 2 and 3, and patch 15
     source = torch.arange(1, 17)
     source[torch.tensor([0, 4, 2, 3, 15])] = 0
-    links = visualize.stray_links(source, torch.tensor([0, *range(16)]), (4, 4))
+    links = regions.stray_links(source, torch.tensor([0, *range(16)]), (4, 4))
     assert links == [(2, 0), (15, 0)]
 
 
 def test_rows_do_not_wrap_round_and_dropped_patches_are_not_tied() -> None:
     # patches 2 and 3 follow each other in memory but lie at opposite ends of the grid
     source = torch.tensor([-1, 1, 0, 0, 2, -1])
-    assert visualize.stray_links(source, torch.tensor([2, 1, 4]), (2, 3)) == [(3, 2)]
+    assert regions.stray_links(source, torch.tensor([2, 1, 4]), (2, 3)) == [(3, 2)]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_rows_do_not_wrap_round_and_dropped_patches_are_not_tied() -> None:
     [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (12, [2, 5, 8, 11]), (5, [0, 1, 3, 4])],
 )
 def test_at_most_four_points_are_shown_the_last_one_included(count: int, shown: list[int]) -> None:
-    assert visualize.spread(count) == shown
+    assert regions.spread(count, limit=visualize.MAX_POINTS) == shown
 
 
 # --- figures ----------------------------------------------------------------------------------

@@ -1,23 +1,36 @@
-"""Make a trained Vision Transformer do less work per image and keep its answer."""
+"""Make a trained Vision Transformer do less work per image and keep its answer.
+
+    import mergence
+    mergence.apply(model, macs=0.67)
+
+Public names are imported at first use, so that `import mergence` and the command line start fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from mergence._version import __version__ as __version__
-from mergence.api import applied as applied
-from mergence.api import apply as apply
-from mergence.api import describe as describe
-from mergence.api import disabled as disabled
-from mergence.api import recipe_of as recipe_of
-from mergence.api import remove as remove
-from mergence.errors import MergenceError as MergenceError
-from mergence.method import Method as Method
-from mergence.method import register as register
-from mergence.plan import MergePlan as MergePlan
-from mergence.plan import TokenView as TokenView
-from mergence.recipe import Recipe as Recipe
-from mergence.schedule import Constant as Constant
-from mergence.schedule import Counts as Counts
-from mergence.schedule import KeepRate as KeepRate
-from mergence.schedule import Macs as Macs
-from mergence.trace import trace as trace
+
+if TYPE_CHECKING:
+    from mergence.api import applied, apply, describe, disabled, recipe_of, remove
+    from mergence.errors import MergenceError
+    from mergence.evaluation import evaluate
+    from mergence.method import Method, register
+    from mergence.plan import MergePlan, TokenView
+    from mergence.recipe import Recipe
+    from mergence.schedule import Constant, Counts, KeepRate, Macs
+    from mergence.tracing import trace
+
+_HOME = {
+    "api": ("apply", "applied", "describe", "disabled", "recipe_of", "remove"),
+    "errors": ("MergenceError",),
+    "evaluation": ("evaluate",),
+    "method": ("Method", "register"),
+    "plan": ("MergePlan", "TokenView"),
+    "recipe": ("Recipe",),
+    "schedule": ("Constant", "Counts", "KeepRate", "Macs"),
+    "tracing": ("trace",),
+}
 
 __all__ = [
     "Constant",
@@ -34,8 +47,22 @@ __all__ = [
     "apply",
     "describe",
     "disabled",
+    "evaluate",
     "recipe_of",
     "register",
     "remove",
     "trace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            value = getattr(import_module(f"mergence.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'mergence' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

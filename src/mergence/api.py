@@ -215,7 +215,8 @@ def _program(model: nn.Module) -> Program:
     program = surgery.attachment(model)
     if not isinstance(program, Program):
         raise MergenceError(
-            f"This {type(model).__name__} is not reduced. Call mergence.apply(model, macs=0.67) first."
+            f"This {type(model).__name__} is not reduced. "
+            "Call mergence.apply(model, macs=0.67) first."
         )
     return program
 
@@ -223,8 +224,8 @@ def _program(model: nn.Module) -> Program:
 def _check_type(model: object) -> None:
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedModelError(
-            "The model is already wrapped by torch.compile. Apply to the model first and compile it "
-            "then, or apply to its `_orig_mod`."
+            "The model is already wrapped by torch.compile. Apply to the model first and compile "
+            "it then, or apply to its `_orig_mod`."
         )
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(

@@ -240,6 +240,21 @@ def open_images(
     )
 
 
+def image_files(
+    paths: Sequence[str | Path], *, transform: Callable[[Image], Tensor], mode: str = "RGB"
+) -> ImageData:
+    """Take single image files as an unlabelled collection.
+
+    Raises:
+        DataError: A file does not exist.
+    """
+    for path in paths:
+        if not Path(path).is_file():
+            raise DataError(f"There is no image file '{path}' (looked in {Path.cwd()}).")
+    names = [str(path) for path in paths]
+    return ImageData(names, None, None, transform, mode, _Folder(Path()))
+
+
 def loader(data: ImageData, *, batch_size: int, workers: int = 0) -> Iterable[Batch]:
     """Read `data` in order, in batches of at most `batch_size` images."""
     return DataLoader(data, batch_size=batch_size, num_workers=workers, collate_fn=collate)

@@ -1,4 +1,4 @@
-"""What a family is: how the transformer blocks of one library look, and how a model is recognised."""
+"""What a family is: how the blocks of one library look, and how a model is recognised."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class ModelSpec:
 class Family(ABC):
     """The models of one library that share a kind of block.
 
-    A subclass lives in a file of its own and is instantiated there as `FAMILY`. It never imports its
-    library: classes are recognised by qualified name.
+    A subclass lives in a file of its own and is instantiated there as `FAMILY`. It never imports
+    its library: classes are recognised by qualified name.
 
     Attributes:
         name: The family's name, unique.

@@ -1,11 +1,11 @@
 """Multiply-adds, counted from the architecture.
 
-Counters that trace a model miss fused attention and see nothing of what a method costs, so the MACs
-are computed: linear layers, attention products, the stem and the head, and everything that reduction
-adds (importance, the method's own rule, the merge, a learned module). A merge is counted as one
-multiply-add per token and channel, which is what a weighted mean needs; that one implementation pads
-it with zeros to a matrix product is not the method's doing. Element-wise work (norms, activations,
-softmax) is left out on both sides, as papers do.
+Counters that trace a model miss fused attention and see nothing of what a method costs, so the
+MACs are computed: linear layers, attention products, the stem and the head, and everything that
+reduction adds (importance, the method's own rule, the merge, a learned module). A merge is counted
+as one multiply-add per token and channel, which is what a weighted mean needs; that one
+implementation pads it with zeros to a matrix product is not the method's doing. Element-wise work
+(norms, activations, softmax) is left out on both sides, as papers do.
 """
 
 from __future__ import annotations

@@ -37,6 +37,8 @@ class LoadedModel:
         mode: PIL mode of its images: "RGB", or "L" for one input channel.
         label_names: Names of its classes in output order, where known.
         input_size: Channels, height and width.
+        mean: What the transform subtracts from pixels in [0, 1], a number a channel.
+        std: What it divides them by afterwards.
     """
 
     model: nn.Module
@@ -45,6 +47,18 @@ class LoadedModel:
     mode: str
     label_names: tuple[str, ...] | None
     input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Undo the normalisation: `[B, C, H, W]` as the model takes it, to pixels in [0, 1]."""
+        mean = images.new_tensor(self.mean).reshape(1, -1, 1, 1)
+        std = images.new_tensor(self.std).reshape(1, -1, 1, 1)
+        return (images * std + mean).clamp(0, 1)
+
+    def label(self, index: int) -> str:
+        """The name of a class, or its number where classes have no names."""
+        return f"class {index}" if self.label_names is None else self.label_names[index]
 
 
 def load_model(spec: str, *, checkpoint: str | Path | None = None) -> LoadedModel:
@@ -232,7 +246,16 @@ def _describe(model: nn.Module, spec: str) -> LoadedModel:
             "classes. Correct its config.json: one name for each output, or no names."
         )
     transform = create_transform(**config, is_training=False)
-    return LoadedModel(model, spec, transform, modes[channels], names, (channels, height, width))
+    return LoadedModel(
+        model=model,
+        name=spec,
+        transform=transform,
+        mode=modes[channels],
+        label_names=names,
+        input_size=(channels, height, width),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
 
 
 def _label_names(model: nn.Module) -> tuple[str, ...] | None:

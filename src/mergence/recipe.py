@@ -134,8 +134,8 @@ def make(
     if isinstance(method, Recipe):
         if given or options:
             raise OptionError(
-                f"A recipe already says everything; {', '.join([*given, *options])} cannot be given "
-                "with it. Edit the recipe, or name the method instead."
+                f"A recipe already says everything; {', '.join([*given, *options])} cannot be "
+                "given with it. Edit the recipe, or name the method instead."
             )
         return method if align is None else dataclasses.replace(method, align=align)
     if isinstance(method, str):

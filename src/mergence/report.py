@@ -59,12 +59,11 @@ class Description:
     def __str__(self) -> str:
         reduced = self.reduced
         overhead = reduced.importance + reduced.planning + reduced.merging + reduced.learned
-        return "\n".join(
-            (
-                f"{self.model} ({self.family}) with {self.method}",
-                f"  patch tokens  {self.patches} → {' '.join(map(str, self.counts))}"
-                f"  (+ {self.prefix} prefix)",
-                f"  MACs          {self.dense.total / 1e9:.3f} G → {reduced.total / 1e9:.3f} G"
-                f"  ({self.macs_ratio:.1%}; {overhead / self.dense.total:.2%} for reducing)",
-            )
+        counts = " ".join(map(str, self.counts))
+        before, after = self.dense.total / 1e9, reduced.total / 1e9
+        return (
+            f"{self.model} ({self.family}) with {self.method}\n"
+            f"  patch tokens  {self.patches} → {counts}  (+ {self.prefix} prefix)\n"
+            f"  MACs          {before:.3f} G → {after:.3f} G  "
+            f"({self.macs_ratio:.1%}; {overhead / self.dense.total:.2%} for reducing)"
         )

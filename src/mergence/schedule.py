@@ -200,8 +200,8 @@ class Macs(Schedule):
         if setting.share(at(1.0)) > self.macs:
             raise ScheduleError(
                 f"macs={self.macs} is out of reach: the schedule '{self.shape.kind}' needs at "
-                f"least {setting.share(at(1.0)):.2f} of the dense MACs on this model. Ask for more, "
-                "or give a schedule that starts earlier."
+                f"least {setting.share(at(1.0)):.2f} of the dense MACs on this model. Ask for "
+                "more, or give a schedule that starts earlier."
             )
         if setting.share(at(0.0)) <= self.macs:
             return at(0.0)

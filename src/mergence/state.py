@@ -50,7 +50,7 @@ class Run(threading.local):
         active: Whether a forward is under way.
         carry: What is known about the tokens now; None before the first block that looks.
         grid: Patch rows and columns of the images of this forward.
-        observer: Receives each reduction while tracing; see `mergence.trace`.
+        observer: Receives each reduction while tracing; see `mergence.tracing`.
         disabled: Run the model as if nothing were applied.
     """
 

@@ -70,7 +70,7 @@ def swap(
     Returns:
         A function that undoes it exactly.
     """
-    base = type(module)
+    base: type = type(module)
     module.__class__ = _reduced_class(base, mixin)
     module.__dict__[ATTACHMENT] = attachment
     if learned is not None:

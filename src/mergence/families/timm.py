@@ -54,8 +54,8 @@ def block_forward(
     y, q, k = attention(block.attn, block.norm1(x), bias)
     x = x + block.drop_path1(block.ls1(y))
     x = reduce(x, q, k)
-    x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    return x
+    y: Tensor = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return x + y
 
 
 class ReducedBlock:
@@ -68,8 +68,8 @@ class ReducedBlock:
         step: BlockStep = self._mergence
         dense: Any = super()
         if step.program.run.disabled:
-            x = dense.forward(x, attn_mask=attn_mask, is_causal=is_causal)
-            return x
+            y: Tensor = dense.forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            return y
         if attn_mask is not None or is_causal:
             raise ReducedOutputError(
                 "A reduced model was given an attention mask. The mask speaks of the original "
@@ -141,12 +141,13 @@ class ReducedModel:
             carry = None
         elif carry is None and x.shape[1] != program.prefix + program.patches:
             raise ReducedOutputError(
-                f"The head got {x.shape[1]} tokens whose sizes are not known, and it pools by size. "
-                "Pass it the very tensor that forward_features returned, or call the whole model."
+                f"The head got {x.shape[1]} tokens whose sizes are not known, and it pools by "
+                "size. Pass it the very tensor that forward_features returned, or call the whole "
+                "model."
             )
         if carry is None or carry.size is None:
-            x = dense.pool(x, pool_type)
-            return x
+            y: Tensor = dense.pool(x, pool_type)
+            return y
         return _pool_by_size(self, x, carry.size, kind)
 
 
@@ -276,8 +277,8 @@ def _require(module: nn.Module, allowed: tuple[str, ...], what: str) -> None:
     found = qualified_names(original_class(module))[0]
     if found not in allowed:
         raise UnsupportedModelError(
-            f"In this {_VIT}VisionTransformer, {what} is a {found}; mergence restates the forward of "
-            f"{', '.join(allowed)} and would compute something else. Known: {Timm.supported}."
+            f"In this {_VIT}VisionTransformer, {what} is a {found}; mergence restates the forward "
+            f"of {', '.join(allowed)} and would compute something else. Known: {Timm.supported}."
         )
 
 

@@ -18,10 +18,10 @@ class EViT(Method):
     """Keep the tokens that the class token attends to and fuse all others into one extra token.
 
     Liang et al., *Not All Patches are What You Need: Expediting Vision Transformers via Token
-    Reorganizations*, arXiv 2202.07800, section 3. The fused token is the mean of the others weighted
-    by importance; it is a token like any other at the next reduction. Departures: the paper's sum is
-    not divided by the sum of the weights (the next layer norm makes the two nearly the same), and a
-    schedule counts the fused token as one of the slots.
+    Reorganizations*, arXiv 2202.07800, section 3. The fused token is the mean of the others
+    weighted by importance; it is a token like any other at the next reduction. Departures: the
+    paper's sum is not divided by the sum of the weights (the next layer norm makes the two nearly
+    the same), and a schedule counts the fused token as one of the slots.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"importance"})

@@ -20,10 +20,10 @@ class Mergence(Method):
 
     The cost of removing token i is
 
-        alpha * log(importance_i) + log(1 + epsilon - max over j more important than i of cos(i, j))
+        alpha * log(importance_i) + log(1 + epsilon - max cos(i, j))
 
-    The cheapest tokens leave; each joins the most similar token that stays, in a size-weighted mean.
-    This project's own method; it starts from the split into crucial and non-crucial tokens of
+    with the maximum over the tokens j that are more important than i. The cheapest tokens leave;
+    each joins the most similar token that stays, in a size-weighted mean. This project's own method; it starts from the split into crucial and non-crucial tokens of
     arXiv 2306.04897 and adds redundancy to the choice.
 
     Attributes:

@@ -20,12 +20,12 @@ class Mstm(Method):
     """Keep the most important tokens; merge each other one into the crucial token it resembles.
 
     Bian, Wang, Han, Wang, *Multi-Scale And Token Mergence: Make Your ViT More Efficient*,
-    arXiv 2306.04897. Only the abstract is public to us. Our reading where it is silent: importance is
-    class attention, resemblance is the cosine of block features, blocks 4, 7 and 10 as in EViT,
+    arXiv 2306.04897. Only the abstract is public to us. Our reading where it is silent: importance
+    is class attention, resemblance is the cosine of block features, blocks 4, 7 and 10 as in EViT,
     size-weighted means, size attention.
 
     Attributes:
-        fusion: Insert `MultiScaleFusion` before the first reduction. It has no effect until trained.
+        fusion: Insert `MultiScaleFusion` before the first reduction; no effect until trained.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"importance"})

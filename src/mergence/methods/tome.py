@@ -32,7 +32,7 @@ class ToMe(Method):
         # With one class token in front the paper's set a, which gives, are the odd patches.
         givers, takers = metric[:, 1::2], metric[:, 0::2]
         best, partner = (givers @ takers.transpose(1, 2)).max(dim=2)
-        batch, total = tokens.size.shape
+        total = tokens.size.shape[1]
         leaving = best.argsort(dim=1, descending=True)[:, : total - slots].sort(dim=1).values
         removed = 2 * leaving + 1
         position = torch.arange(total, device=removed.device)

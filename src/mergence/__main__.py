@@ -1,0 +1,5 @@
+"""`python -m mergence`."""
+
+from mergence.cli import main
+
+main()

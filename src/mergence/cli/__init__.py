@@ -1,0 +1,40 @@
+"""The command line: parse, call the function, print a table or JSON.
+
+Nothing here imports torch before a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+
+from mergence.cli import demo, evaluate, listing, visualize
+from mergence.cli.output import error, warning
+from mergence.errors import MergenceError
+
+app = typer.Typer(
+    name="mergence",
+    help="Make a trained Vision Transformer do less work per image and keep its answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("list")(listing.list_known)
+app.command("eval")(evaluate.evaluate)
+app.command("visualize")(visualize.visualize)
+
+
+def main() -> None:
+    """Run the command line; errors that mergence raises on purpose become one paragraph."""
+    warnings.showwarning = warning
+    try:
+        app()
+    except MergenceError as problem:
+        error(str(problem))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        error("Interrupted; nothing was written.")
+        sys.exit(130)

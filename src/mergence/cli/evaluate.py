@@ -1,0 +1,62 @@
+"""mergence eval."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mergence.cli import options as o
+from mergence.cli.output import check_json, evaluation_table, progress, write_json
+
+
+def evaluate(
+    model: o.Model,
+    data: Annotated[
+        str, typer.Option(metavar="DIR", help="An image folder, a .zip of one, or demo.")
+    ],
+    method: o.Methods = None,
+    recipe: o.Recipes = None,
+    macs: o.Macs = None,
+    keep_rate: o.KeepRate = None,
+    set_: o.Set = None,
+    checkpoint: o.Checkpoint = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "float32",
+    batch_size: o.BatchSize = 32,
+    limit: o.Limit = None,
+    seed: o.Seed = 0,
+    workers: o.Workers = 0,
+    json: o.Json = None,
+) -> None:
+    """Measure accuracy, MACs and closeness to the dense model, for any number of methods."""
+    check_json(json)
+    recipes = o.recipes_of(method, recipe, macs, keep_rate, set_)
+    type_, place = o.dtype_of(dtype), o.device_of(device)
+    from mergence import evaluation
+    from mergence.data import loader, open_images
+    from mergence.models import load_model
+
+    loaded = load_model(model, checkpoint=checkpoint)
+    images = open_images(
+        data,
+        transform=loaded.transform,
+        mode=loaded.mode,
+        class_names=loaded.label_names,
+        num_classes=getattr(loaded.model, "num_classes", None),
+        limit=limit,
+        seed=seed,
+    )
+    with progress("evaluating", len(images)) as advance:
+        result = evaluation.evaluate(
+            loaded.model,
+            loader(images, batch_size=batch_size, workers=workers),
+            recipes,
+            device=place,
+            dtype=type_,
+            model_name=model,
+            data_name=data,
+            progress=advance,
+        )
+    evaluation_table(result)
+    write_json(json, result.to_dict())

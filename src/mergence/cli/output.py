@@ -1,0 +1,108 @@
+"""What the command line prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mergence.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mergence.data import Skipped
+    from mergence.evaluation import Evaluation
+
+console = Console()
+_errors = Console(stderr=True)
+
+
+def error(text: str) -> None:
+    """Print an error to the standard error stream."""
+    _errors.print("[bold red]Error:[/] ", end="")
+    _errors.print(text, markup=False, highlight=False)
+
+
+def warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning; stands in for `warnings.showwarning`."""
+    _errors.print("[bold yellow]Note:[/] ", end="")
+    _errors.print(str(message), markup=False, highlight=False)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show progress on the standard error stream; yields a function that advances it."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_errors, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda step: bar.advance(task, step)
+
+
+def check_json(path: Path | None) -> None:
+    """Check before long work that the JSON file can be written.
+
+    Raises:
+        OptionError: Its folder does not exist.
+    """
+    if path is not None and not path.absolute().parent.is_dir():
+        raise OptionError(f"--json {path}: there is no folder '{path.absolute().parent}'. Make it.")
+
+
+def write_json(path: Path | None, data: Mapping[str, Any]) -> None:
+    """Write a result as JSON, if a path was given."""
+    if path is not None:
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        console.print(f"Wrote {path}", highlight=False)
+
+
+def evaluation_table(evaluation: Evaluation) -> None:
+    """Print an evaluation, and what had to be skipped."""
+    table = Table(title=f"{evaluation.model} on {evaluation.images} images of {evaluation.data}")
+    table.add_column("method")
+    headings = ("GMACs", "MACs", "top-1 %", "Δ top-1", "top-5 %", "agree %", "KL", "images/s")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    dense = evaluation.results[0]
+    for row in evaluation.results:
+        drop = None if row.top1 is None or dense.top1 is None else row.top1 - dense.top1
+        table.add_row(
+            row.name,
+            f"{row.gmacs:.3f}",
+            f"{row.macs_ratio:.0%}",
+            _number(row.top1),
+            "" if row is dense else _number(drop, "+.2f"),
+            _number(row.top5),
+            f"{row.agreement:.2f}",
+            f"{row.kl:.4f}",
+            f"{row.images_per_s:.1f}",
+        )
+    console.print(table)
+    skipped(evaluation.skipped)
+
+
+def skipped(images: Sequence[Skipped]) -> None:
+    """Print which images could not be read, if any."""
+    if images:
+        console.print(f"Skipped {len(images)} unreadable images:", style="yellow")
+    for item in images[:10]:
+        console.print(f"  {item.name}: {item.reason}", markup=False, highlight=False)
+    if len(images) > 10:
+        console.print(f"  and {len(images) - 10} more; eval --json lists all")
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,46 @@
+"""mergence visualize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergence.cli import options as o
+from mergence.cli.output import check_json, console, skipped, write_json
+from mergence.errors import DataError
+
+
+def visualize(
+    model: o.Model,
+    image: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    out: Annotated[Path, typer.Option(help="The picture to write: .png, .pdf or .svg.")],
+    method: Annotated[str, typer.Option(help="A method's name.")] = "mergence",
+    recipe: Annotated[Path | None, typer.Option(help="A recipe file instead.")] = None,
+    macs: o.Macs = None,
+    keep_rate: o.KeepRate = None,
+    set_: o.Set = None,
+    checkpoint: o.Checkpoint = None,
+    json: o.Json = None,
+) -> None:
+    """Draw which tokens stay and what is merged into what, block by block."""
+    check_json(json)
+    from mergence import visualize
+    from mergence.data import image_files, loader
+    from mergence.models import load_model
+
+    visualize.check_path(out)
+    methods, recipes = ([method], []) if recipe is None else ([], [recipe])
+    chosen = o.recipes_of(methods, recipes, macs, keep_rate, set_)
+    loaded = load_model(model, checkpoint=checkpoint)
+    files = image_files(image, transform=loaded.transform, mode=loaded.mode)
+    (batch,) = loader(files, batch_size=len(files))
+    skipped(batch.skipped)
+    if not batch:
+        raise DataError(f"None of the {len(image)} images could be read.")
+    (plan,) = chosen.values()
+    titles = [Path(name).name for name in batch.names]
+    visualize.save(visualize.explain(loaded, batch.images, plan, titles), out)
+    console.print(f"Wrote {out}", highlight=False)
+    write_json(json, {"model": model, "images": batch.names, "recipe": plan.to_dict()})

@@ -1,0 +1,211 @@
+"""Compare reductions with the dense model on a set of images."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergence import family
+from mergence.api import applied, describe, disabled
+from mergence.data import Batch, Skipped
+from mergence.errors import DataError
+from mergence.macs import count
+from mergence.recipe import Recipe
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one reduction did; the dense model is the first of them.
+
+    Attributes:
+        name: `dense`, or the name that the recipe was given.
+        recipe: The recipe as JSON values; None for the dense model.
+        gmacs: Multiply-adds of one image, in units of 1e9.
+        macs_ratio: The same as a share of the dense model's.
+        top1: Percent of images whose label is the first guess; None without labels.
+        top5: Percent of images whose label is among the first five; None without labels.
+        agreement: Percent of images with the dense model's first guess.
+        kl: Mean Kullback-Leibler divergence from the dense model's distribution, in nats.
+        images_per_s: Images per second of forward time, in batches as evaluated.
+    """
+
+    name: str
+    recipe: dict[str, Any] | None
+    gmacs: float
+    macs_ratio: float
+    top1: float | None
+    top5: float | None
+    agreement: float
+    kl: float
+    images_per_s: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of one run over the images.
+
+    Attributes:
+        model: What was evaluated, as named by the caller.
+        data: The images, as named by the caller.
+        images: How many were used.
+        skipped: Which ones could not be read, and why.
+        results: One for the dense model, then one a recipe.
+    """
+
+    model: str
+    data: str
+    images: int
+    skipped: tuple[Skipped, ...]
+    results: tuple[Result, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The evaluation as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass
+class _Tally:
+    """Sums over the images of one reduction."""
+
+    top1: int = 0
+    top5: int = 0
+    agreement: int = 0
+    kl: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, logits: Tensor, dense: Tensor, labels: Tensor | None) -> None:
+        log_p, log_q = dense.log_softmax(dim=1), logits.log_softmax(dim=1)
+        self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+        self.agreement += int((logits.argmax(dim=1) == dense.argmax(dim=1)).sum())
+        if labels is not None:
+            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            self.top1 += int(hits[:, 0].sum())
+            self.top5 += int(hits.sum())
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    recipes: Mapping[str, Recipe],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    model_name: str = "",
+    data_name: str = "",
+    progress: Callable[[int], None] = lambda images: None,
+) -> Evaluation:
+    """Run the dense model and each reduction over the same batches, interleaved.
+
+    The model is moved to `device` and `dtype` and left there, otherwise as it was.
+
+    Args:
+        model: A classifier of a known family.
+        batches: Images and labels, as `mergence.data.loader` yields them.
+        recipes: What to compare, by name.
+        device: Where to run.
+        dtype: Type of weights and images; metrics are computed in float32.
+        model_name: Goes into the result.
+        data_name: Goes into the result.
+        progress: Called after each batch with the number of images in it, skipped ones included.
+
+    Raises:
+        DataError: No image could be read.
+        MergenceError: A recipe does not fit the model.
+    """
+    _warn_of_slow_type(torch.device(device), dtype)
+    model = model.to(device=device, dtype=dtype).eval()
+    runs: dict[str, Recipe | None] = {DENSE: None, **recipes}
+    costs = {name: _cost(model, recipe) for name, recipe in runs.items()}
+    tallies = {name: _Tally() for name in runs}
+    images, labelled = 0, False
+    skipped: list[Skipped] = []
+    for batch in batches:
+        skipped += batch.skipped
+        if batch:
+            if images == 0:  # a warm-up, so that no run pays for being the first
+                model(batch.images.to(device=device, dtype=dtype))
+            images += len(batch)
+            labelled = labelled or batch.labels is not None
+            _run_batch(model, batch, runs, tallies, device, dtype)
+        progress(len(batch) + len(batch.skipped))
+    if images == 0:
+        raise DataError(f"None of the {len(skipped)} images could be read. First: {skipped[:1]}.")
+
+    def result(name: str, recipe: Recipe | None) -> Result:
+        tally = tallies[name]
+        gmacs, ratio = costs[name]
+        return Result(
+            name=name,
+            recipe=None if recipe is None else recipe.to_dict(),
+            gmacs=gmacs,
+            macs_ratio=ratio,
+            top1=100 * tally.top1 / images if labelled else None,
+            top5=100 * tally.top5 / images if labelled else None,
+            agreement=100 * tally.agreement / images,
+            kl=tally.kl / images,
+            images_per_s=images / tally.seconds,
+        )
+
+    results = tuple(result(name, recipe) for name, recipe in runs.items())
+    return Evaluation(model_name, data_name, images, tuple(skipped), results)
+
+
+def _run_batch(
+    model: nn.Module,
+    batch: Batch,
+    runs: Mapping[str, Recipe | None],
+    tallies: Mapping[str, _Tally],
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> None:
+    images = batch.images.to(device=device, dtype=dtype)
+    labels = None if batch.labels is None else batch.labels.to(device)
+    dense = None
+    for name, recipe in runs.items():
+        with disabled(model) if recipe is None else applied(model, recipe):
+            _synchronise(images.device)
+            start = time.perf_counter()
+            logits = model(images)
+            _synchronise(images.device)
+            tallies[name].seconds += time.perf_counter() - start
+        logits = logits.float()
+        dense = logits if dense is None else dense
+        tallies[name].add(logits, dense, labels)
+
+
+def _cost(model: nn.Module, recipe: Recipe | None) -> tuple[float, float]:
+    if recipe is None:
+        spec = family.find(model).inspect(model)
+        return count(spec.cost, spec.patches).total / 1e9, 1.0
+    with applied(model, recipe):
+        description = describe(model)
+    return description.reduced.total / 1e9, description.macs_ratio
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _warn_of_slow_type(device: torch.device, dtype: torch.dtype) -> None:
+    supported = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    check = getattr(torch.ops.mkldnn, supported.get(dtype, ""), None)
+    if device.type == "cpu" and check is not None and not check():
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"This CPU has no {name} arithmetic: {name} is emulated and several times slower than "
+            "float32. Use float32 here unless you want to see the rounding.",
+            stacklevel=3,
+        )
