@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".pdf", ".svg")
 MAX_POINTS = 4
+_MAX_LINKS = 16  # more lines would hide the regions that they explain
 # By the number of points shown: wide figures are shown smaller, so their text is larger.
 _FONT = (9.0, 10.0, 11.0, 12.0)  # points
 _PANEL = (2.3, 1.9, 1.75, 1.6)  # inches
@@ -255,8 +256,8 @@ def _regions(
     # White on a faint dark casing shows on light and on dark regions alike.
     axes.add_collection(LineCollection(edges, colors="black", linewidths=1.3, alpha=0.35))
     axes.add_collection(LineCollection(edges, colors="white", linewidths=0.7))
-    fade = min(0.9, max(0.4, 12 / max(len(links), 1)))  # many links must not hide the regions
-    axes.add_collection(LineCollection(links, colors=_LINK, linewidths=0.6, alpha=fade))
+    if len(links) <= _MAX_LINKS:
+        axes.add_collection(LineCollection(links, colors=_LINK, linewidths=0.6, alpha=0.9))
     dots = anchor[torch.bincount(source[source >= 0], minlength=len(anchor)) > 1]
     x, y = dots % columns + 0.5, dots // columns + 0.5
     axes.scatter(x, y, s=5, c=_LINK, edgecolors="black", linewidths=0.3)
@@ -284,7 +285,8 @@ def _legend(trace: Trace, points: Sequence[ReductionPoint]) -> str:
     text += (
         f"{trace.method} merges the tokens that it can spare (pale) into crucial tokens that stand "
         "for them (full colour). In the merged regions, each outlined area is one token in its "
-        "mean colour; a dot marks its crucial patch, and lines join parts that lie apart."
+        "mean colour; a dot marks its crucial patch, and lines, where they are few, join parts "
+        "that lie apart."
     )
     dropped = any(bool((point.source < 0).any()) for point in points)
     return text + (" Hatched patches were dropped." if dropped else "")

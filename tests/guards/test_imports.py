@@ -20,20 +20,24 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version", "assets"),
     ("plan",),
     ("ops",),
-    ("importance", "multiscale", "schedule", "macs"),
-    ("method",),
+    ("importance", "schedule", "macs"),
+    ("method", "family"),
+    ("multiscale",),
     ("methods",),
-    ("state", "step", "trace"),
-    ("surgery", "families"),
+    ("state", "surgery", "report"),
+    ("step",),
+    ("families", "tracing"),
     ("recipe",),
     ("api",),
-    ("data", "models"),
-    ("evaluate", "bench", "calibrate", "visualize", "export", "train", "demo"),
+    ("data", "models", "regions"),
+    ("evaluation", "bench", "calibrate", "visualize", "export", "train", "demo"),
     ("__init__",),
     ("cli", "__main__"),
 )
-# The registry finds the methods by walking their package: the one import upwards, at run time.
-DISCOVERY = {("method", "methods")}
+
+# A registry walks a package for what is registered, when first asked: the only imports upwards.
+DISCOVERY = {("method", "methods"), ("family", "families")}
+
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 
 # A method is one file that can be read alone, and operators know tensors only: all they may use.

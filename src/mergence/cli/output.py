@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -71,11 +72,11 @@ def write_json(path: Path | None, data: Mapping[str, Any]) -> None:
 
 def evaluation_table(evaluation: Evaluation) -> None:
     """Print an evaluation, and what had to be skipped."""
-    table = Table(title=f"{evaluation.model} on {evaluation.images} images of {evaluation.data}")
-    table.add_column("method")
-    headings = ("GMACs", "MACs", "top-1 %", "Δ top-1", "top-5 %", "agree %", "KL", "images/s")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    title = f"{evaluation.model} on {evaluation.images} images of {evaluation.data}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for heading in ("GMACs", "MACs", "top-1", "Δ", "top-5", "agree", "KL", "img/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     dense = evaluation.results[0]
     for row in evaluation.results:
         drop = None if row.top1 is None or dense.top1 is None else row.top1 - dense.top1
@@ -91,6 +92,11 @@ def evaluation_table(evaluation: Evaluation) -> None:
             f"{row.images_per_s:.1f}",
         )
     console.print(table)
+    console.print(
+        "top-1, top-5 and agreement with the dense model in %, Δ in points, KL in nats; "
+        "img/s is forward time only.",
+        style="dim",
+    )
     skipped(evaluation.skipped)
 
 

@@ -54,8 +54,8 @@ def block_forward(
     y, q, k = attention(block.attn, block.norm1(x), bias)
     x = x + block.drop_path1(block.ls1(y))
     x = reduce(x, q, k)
-    y: Tensor = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    return x + y
+    z: Tensor = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return x + z
 
 
 class ReducedBlock:

@@ -23,8 +23,9 @@ class Mergence(Method):
         alpha * log(importance_i) + log(1 + epsilon - max cos(i, j))
 
     with the maximum over the tokens j that are more important than i. The cheapest tokens leave;
-    each joins the most similar token that stays, in a size-weighted mean. This project's own method; it starts from the split into crucial and non-crucial tokens of
-    arXiv 2306.04897 and adds redundancy to the choice.
+    each joins the most similar token that stays, in a size-weighted mean. This project's own
+    method: it starts from the split into crucial and non-crucial tokens of arXiv 2306.04897 and
+    adds redundancy to the choice.
 
     Attributes:
         alpha: Weight of importance. 0 is pure redundancy; a large value is top-k by importance.

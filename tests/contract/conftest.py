@@ -1,0 +1,118 @@
+"""Every method x every family's tiny models: both lists come from the registries.
+
+A family's tiny models take 96 x 96 colour images.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mergence
+from mergence import family
+from mergence.family import ModelSpec
+from mergence.method import names
+
+Output = Callable[[nn.Module, Tensor], Tensor]
+Snapshot = Callable[[nn.Module], object]
+TINY = {
+    f"{f.name}-{kind}": build for f in family.registry().values() for kind, build in f.tiny().items()
+}
+KEEP_RATE = 0.7  # three reductions, each small enough for every method
+
+
+@cache
+def _built(name: str) -> nn.Module:
+    return TINY[name]()
+
+
+@pytest.fixture(params=TINY)
+def dense(request: pytest.FixtureRequest) -> nn.Module:
+    """A tiny model of each kind of each family, untouched."""
+    return copy.deepcopy(_built(request.param))
+
+
+@pytest.fixture(params=names())
+def method(request: pytest.FixtureRequest) -> str:
+    """The name of each method."""
+    return str(request.param)
+
+
+@pytest.fixture
+def reduced(dense: nn.Module, method: str) -> nn.Module:
+    """Each tiny model, reduced by each method."""
+    return mergence.apply(dense, method, keep_rate=KEEP_RATE)
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    """One plain tiny model, where the kind of model makes no difference."""
+    return copy.deepcopy(_built("timm-vit"))
+
+
+@pytest.fixture
+def image() -> Tensor:
+    """Two images."""
+    return torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def spec() -> Callable[[nn.Module], ModelSpec]:
+    """Reads the structure of a model, reduced or not."""
+    return lambda model: family.find(model).inspect(model)
+
+
+@pytest.fixture(scope="session")
+def output() -> Output:
+    """Runs a model without gradients; its first output, whatever the library wraps it in."""
+
+    def run(model: nn.Module, image: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = model(image)
+        return y if isinstance(y, Tensor) else y[0]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Snapshot:
+    """Everything that is attached to any module: class, attributes, parameters, hooks, in order."""
+
+    def take(model: nn.Module) -> object:
+        def shallow(value: object) -> object:
+            return list(value.items()) if isinstance(value, dict) else value
+
+        return [
+            (name, type(module), [(k, shallow(v)) for k, v in module.__dict__.items()])
+            for name, module in model.named_modules()
+        ]
+
+    return take
+
+
+@pytest.fixture(scope="session")
+def token_counts() -> Callable[..., Any]:
+    """Context manager: the tokens that leave each block, prefix left out, while it is open."""
+
+    @contextmanager
+    def watch(blocks: tuple[nn.Module, ...], prefix: int) -> Iterator[list[int]]:
+        seen: list[int] = []
+
+        def note(module: nn.Module, arguments: Any, y: Any) -> None:
+            seen.append((y if isinstance(y, Tensor) else y[0]).shape[1] - prefix)
+
+        handles = [block.register_forward_hook(note) for block in blocks]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return watch

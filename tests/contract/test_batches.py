@@ -1,0 +1,64 @@
+"""Images do not see each other: in a batch, in threads, or after a forward that failed."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mergence
+
+
+def test_a_batch_equals_its_images_one_by_one(
+    reduced: nn.Module, image: Tensor, output: Any
+) -> None:
+    # In float64, where another order of summing cannot tip a choice between two tokens. Importance
+    # and sizes are float32 by design, hence not tighter.
+    reduced, image = reduced.double(), image.double()
+    single = torch.cat([output(reduced, one.unsqueeze(0)) for one in image])
+    torch.testing.assert_close(output(reduced, image), single, rtol=1e-6, atol=1e-6)
+
+
+def test_three_threads_at_once_equal_one_after_another(
+    reduced: nn.Module, output: Any, spec: Any
+) -> None:
+    images = [torch.randn(batch, 3, 96, 96) for batch in (1, 2, 3)]
+    expected = [output(reduced, image) for image in images]
+    together = threading.Barrier(3, timeout=60)
+    # All three stand in the middle of the model at the same time, whatever the scheduler does.
+    for block in (spec(reduced).blocks[2], spec(reduced).blocks[-1]):
+        block.register_forward_pre_hook(lambda *_: together.wait() and None)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda image: output(reduced, image), images))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_disabling_in_one_thread_leaves_the_others_reduced(
+    reduced: nn.Module, image: Tensor, output: Any
+) -> None:
+    expected = output(reduced, image)
+    with mergence.disabled(reduced), ThreadPoolExecutor(1) as pool:
+        assert not torch.equal(output(reduced, image), expected)
+        assert torch.equal(pool.submit(output, reduced, image).result(), expected)
+
+
+def test_a_forward_that_fails_leaves_nothing_behind(
+    reduced: nn.Module, image: Tensor, output: Any, spec: Any
+) -> None:
+    expected = output(reduced, image)
+
+    def fail(*_: object) -> None:
+        raise ValueError("from inside")
+
+    handle = spec(reduced).blocks[-1].register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="from inside"):
+        output(reduced, torch.randn(1, 3, 96, 96))
+    with pytest.raises(ValueError, match="from inside"):
+        mergence.trace(reduced, image)
+    handle.remove()
+    assert torch.equal(output(reduced, image), expected)

@@ -1,0 +1,98 @@
+"""disabled() and applied(): what holds inside the block, and after it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mergence
+
+
+def test_disabled_is_the_dense_model_to_the_last_bit(
+    dense: nn.Module, method: str, image: Tensor, output: Any
+) -> None:
+    expected = output(dense, image)
+    mergence.apply(dense, method, keep_rate=0.7)
+    reduced = output(dense, image)
+    with mergence.disabled(dense) as same:
+        assert same is dense
+        assert torch.equal(output(dense, image), expected)
+        with mergence.disabled(dense):
+            assert torch.equal(output(dense, image), expected)
+        assert torch.equal(output(dense, image), expected)
+    assert torch.equal(output(dense, image), reduced)
+
+
+def test_disabled_ends_when_its_body_raises(vit: nn.Module, image: Tensor, output: Any) -> None:
+    mergence.apply(vit, "topk", keep_rate=0.7)
+    expected = output(vit, image)
+    with pytest.raises(KeyError), mergence.disabled(vit):
+        raise KeyError
+    assert torch.equal(output(vit, image), expected)
+
+
+def test_disabled_runs_a_dense_model_as_it_is(vit: nn.Module, image: Tensor, output: Any) -> None:
+    expected = output(vit, image)
+    with mergence.disabled(vit):
+        assert torch.equal(output(vit, image), expected)
+
+
+@pytest.mark.parametrize("raising", [False, True])
+def test_applied_gives_a_dense_model_back_dense(
+    dense: nn.Module, method: str, raising: bool, image: Tensor, output: Any, snapshot: Any
+) -> None:
+    before, expected = snapshot(dense), output(dense, image)
+    try:
+        with mergence.applied(dense, method, keep_rate=0.7) as same:
+            assert same is dense
+            assert not torch.equal(output(dense, image), expected)
+            if raising:
+                raise KeyError
+    except KeyError:
+        assert raising
+    assert snapshot(dense) == before
+
+
+@pytest.mark.parametrize("raising", [False, True])
+def test_applied_goes_back_to_what_was_applied_before(
+    reduced: nn.Module, raising: bool, image: Tensor, output: Any
+) -> None:
+    recipe, expected = mergence.recipe_of(reduced), output(reduced, image)
+    try:
+        with mergence.applied(reduced, "random", r=3, seed=5):
+            assert not torch.equal(output(reduced, image), expected)
+            if raising:
+                raise KeyError
+    except KeyError:
+        assert raising
+    assert mergence.recipe_of(reduced) == recipe
+    assert torch.equal(output(reduced, image), expected)
+
+
+def test_applied_that_cannot_be_carried_out_leaves_the_model_alone(
+    vit: nn.Module, snapshot: Any
+) -> None:
+    mergence.apply(vit, "topk", keep_rate=0.7)
+    before = snapshot(vit)
+    with (
+        pytest.raises(mergence.MergenceError, match="no method 'tomme'"),
+        mergence.applied(vit, "tomme", macs=0.5),
+    ):
+        pytest.fail("the body must not run")
+    assert snapshot(vit) == before
+
+
+def test_applied_keeps_the_weights_that_the_method_before_it_had_learned(vit: nn.Module) -> None:
+    mergence.apply(vit, "mstm", keep_rate=0.7, fusion=True)
+    gates = next(p for name, p in vit.named_parameters() if name.endswith("mergence.gates"))
+    nn.init.normal_(gates)
+    before = copy.deepcopy(vit.state_dict())
+    with mergence.applied(vit, "tome", r=2):
+        pass
+    after = vit.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)

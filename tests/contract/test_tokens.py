@@ -1,0 +1,87 @@
+"""Where tokens go: counts, sizes, prefix tokens and the source map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mergence
+from mergence.step import BlockStep
+
+
+def test_each_block_leaves_as_many_tokens_as_the_schedule_says(
+    dense: nn.Module, method: str, image: Tensor, output: Any, spec: Any, token_counts: Any
+) -> None:
+    found = spec(dense)
+    schedule = [36, 31, 31, 17, 16, 9]
+    mergence.apply(dense, method, schedule=schedule)
+    assert mergence.describe(dense).counts == tuple(schedule)
+    with token_counts(found.blocks, found.cost.prefix) as seen:
+        output(dense, image)
+    assert seen == schedule
+
+
+def test_sizes_are_the_numbers_of_patches_in_each_slot(reduced: nn.Module, image: Tensor) -> None:
+    trace = mergence.trace(reduced, image)
+    assert len(trace.points) == 3
+    patches = mergence.describe(reduced).patches
+    for point in trace.points:
+        slots = point.size.shape[1]
+        for source, size in zip(point.source, point.size, strict=True):
+            counted = torch.bincount(source[source >= 0], minlength=slots)
+            assert size.tolist() == counted.tolist()
+            assert counted.min() > 0
+            assert counted.sum() == patches - (source < 0).sum()
+
+
+def test_dropped_patches_stay_dropped_and_merged_ones_stay_together(
+    reduced: nn.Module, image: Tensor
+) -> None:
+    points = mergence.trace(reduced, image).points
+    for earlier, later in zip(points, points[1:], strict=False):
+        assert (later.source[earlier.source < 0] == -1).all()
+        for before, after in zip(earlier.source, later.source, strict=True):
+            slot_of = dict(zip(before.tolist(), after.tolist(), strict=True))
+            slot_of.pop(-1, None)
+            assert [slot_of.get(slot, -1) for slot in before.tolist()] == after.tolist()
+
+
+def test_tracing_does_not_change_the_output(reduced: nn.Module, image: Tensor, output: Any) -> None:
+    traced = mergence.trace(reduced, image).output
+    traced = traced if isinstance(traced, Tensor) else traced[0]
+    assert torch.equal(traced, output(reduced, image))
+
+
+def test_prefix_tokens_pass_every_reduction_in_place(
+    reduced: nn.Module, image: Tensor, output: Any, spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix, reduce, compared = spec(reduced).cost.prefix, BlockStep.reduce, []
+
+    def watched(step: BlockStep, x: Tensor, *rest: Any, **named: Any) -> Any:
+        y, carry = reduce(step, x, *rest, **named)
+        compared.append(torch.equal(y[:, :prefix], x[:, :prefix]) and y.shape[1] < x.shape[1])
+        return y, carry
+
+    monkeypatch.setattr(BlockStep, "reduce", watched)
+    output(reduced, image)
+    assert compared == [True] * 3
+
+
+def test_prefix_tokens_leave_the_first_reducing_block_as_they_leave_the_dense_one(
+    reduced: nn.Module, image: Tensor, output: Any, spec: Any
+) -> None:
+    found, leaving = spec(reduced), []
+    first = next(i for i, n in enumerate(mergence.describe(reduced).counts) if n < found.patches)
+    found.blocks[first].register_forward_hook(lambda module, x, y: leaving.append(y))
+    reduced, image = reduced.double(), image.double()
+    output(reduced, image)
+    with mergence.disabled(reduced):
+        output(reduced, image)
+    after, before = (y if isinstance(y, Tensor) else y[0] for y in leaving)
+    prefix = found.cost.prefix
+    assert after.shape[1] < before.shape[1]
+    # Not exact: the MLP multiplies fewer rows at once and may sum in another order.
+    torch.testing.assert_close(after[:, :prefix], before[:, :prefix], rtol=1e-12, atol=1e-12)
