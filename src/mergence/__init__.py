@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mergence.method import Method, register
     from mergence.plan import MergePlan, TokenView
     from mergence.recipe import Recipe
-    from mergence.schedule import Constant, Counts, KeepRate, Macs
+    from mergence.schedule import Constant, Counts, KeepRate, Macs, Ramp
     from mergence.tracing import trace
 
 _HOME = {
@@ -28,7 +28,7 @@ _HOME = {
     "method": ("Method", "register"),
     "plan": ("MergePlan", "TokenView"),
     "recipe": ("Recipe",),
-    "schedule": ("Constant", "Counts", "KeepRate", "Macs"),
+    "schedule": ("Constant", "Counts", "KeepRate", "Macs", "Ramp"),
     "tracing": ("trace",),
 }
 
@@ -40,6 +40,7 @@ __all__ = [
     "MergePlan",
     "MergenceError",
     "Method",
+    "Ramp",
     "Recipe",
     "TokenView",
     "__version__",

@@ -10,6 +10,7 @@ import gzip
 import io
 import os
 import random
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -338,6 +339,13 @@ def _match(
             f"'{path}' has {len(folders)} class folders ({_few(folders)}), but the model has "
             f"{num_classes} classes{wanted}. Use the data that the model was trained for, or name "
             "the folders as the model names its classes."
+        )
+    if class_names is not None:
+        warnings.warn(
+            f"The class folders of '{path}' ({_few(folders)}) are not called as the model's "
+            f"classes ({_few(class_names)}). They are taken in sorted order, folder by class; if "
+            "that is not the order of the model's outputs, top-1 means nothing.",
+            stacklevel=3,
         )
     return folders, range(len(folders))
 

@@ -146,6 +146,53 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ramp(Schedule):
+    """Let the tokens fall linearly towards the end of the network, in a few steps.
+
+    Searched per-block counts look like this (docs/methods/mergence.md): nothing leaves early, and
+    then about the same number per block. A smaller budget starts the ramp earlier.
+
+    Attributes:
+        span: The length of the ramp in blocks, counted from the end of the network. It may be
+            longer than the network; the ramp then starts below the full number of tokens.
+        end: The share of the tokens that the ramp arrives at.
+        every: Blocks between two steps. None means a sixth of the depth, two blocks of 12. Each
+            step costs time, so few are better. The last block never reduces.
+    """
+
+    kind: ClassVar[str] = "ramp"
+
+    span: float = 0.0
+    end: float = 0.1
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        if (
+            not self.span >= 0
+            or not 0 < self.end <= 1
+            or (self.every is not None and self.every < 1)
+        ):
+            raise ScheduleError(
+                f"Ramp(span={self.span}, end={self.end}, every={self.every}): give a span of at "
+                "least 0, an end above 0 and at most 1, and every as 1 or more blocks."
+            )
+
+    def raw(self, setting: Setting) -> tuple[int, ...]:
+        every = self.every or max(round(setting.depth / 6), 1)
+        left, counts = setting.tokens, []
+        for block in range(1, setting.depth + 1):
+            to_go = setting.depth - block
+            if block % every == 0 and 0 < to_go < self.span:
+                share = self.end + (1 - self.end) * to_go / self.span
+                left = max(round(setting.tokens * share), 1)
+            counts.append(left)
+        return tuple(counts)
+
+    def with_strength(self, strength: float, setting: Setting) -> Self:
+        return dataclasses.replace(self, span=setting.depth * strength / max(1 - strength, 1e-9))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Counts(Schedule):
     """The counts themselves.
 
@@ -265,7 +312,7 @@ def _check_blocks(blocks: tuple[int, ...], depth: int) -> None:
             )
 
 
-_KINDS: dict[str, type[Schedule]] = {c.kind: c for c in (KeepRate, Constant, Counts, Macs)}
+_KINDS: dict[str, type[Schedule]] = {c.kind: c for c in (KeepRate, Constant, Ramp, Counts, Macs)}
 
 
 def from_dict(data: Mapping[str, Any]) -> Schedule:

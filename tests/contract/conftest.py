@@ -23,7 +23,9 @@ from mergence.method import names
 Output = Callable[[nn.Module, Tensor], Tensor]
 Snapshot = Callable[[nn.Module], object]
 TINY = {
-    f"{f.name}-{kind}": build for f in family.registry().values() for kind, build in f.tiny().items()
+    f"{f.name}-{kind}": build
+    for f in family.registry().values()
+    for kind, build in f.tiny().items()
 }
 KEEP_RATE = 0.7  # three reductions, each small enough for every method
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mergence.method import Method, check_range, register
 from mergence.plan import MergePlan, TokenView, keep_highest
-from mergence.schedule import KeepRate, Schedule
+from mergence.schedule import Ramp, Schedule
 
 
 @register("mergence")
@@ -33,7 +33,7 @@ class Mergence(Method):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"importance"})
-    shape: ClassVar[Schedule] = KeepRate()
+    shape: ClassVar[Schedule] = Ramp()
 
     alpha: float = 0.25
     epsilon: float = 0.1

@@ -1,0 +1,129 @@
+"""The commands, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from mergence import demo
+from mergence.cli import app, main
+from mergence.recipe import make
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Twenty embedded images as an image folder, two of a class."""
+    loaded = demo.load()
+    data = demo.images(loaded, limit=20)
+    for name, label in zip(data.names, data.labels or (), strict=True):
+        folder = tmp_path / "val" / loaded.label(label).replace("/", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        data.source.open(name).save(folder / f"{Path(name).name}.png")
+    return tmp_path / "val"
+
+
+def test_eval_writes_the_documented_json(images: Path, tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out.json", tmp_path / "mine.json"
+    make("mergence", macs=0.5, alpha=0.5).save(recipe)
+    command = ("eval", "demo", "--data", images, "--method", "tome", "--method", "topk")
+    result = run(*command, "--macs", "0.67", "--recipe", recipe, "--json", out)
+    assert result.exit_code == 0, result.output
+    data = json.loads(out.read_text())
+    assert (data["model"], data["data"], data["images"]) == ("demo", str(images), 20)
+    assert data["skipped"] == []
+    assert [row["name"] for row in data["results"]] == ["dense", "tome", "topk", "mine"]
+    keys = {"name", "recipe", "gmacs", "macs_ratio", "top1", "top5", "agreement", "kl"}
+    for row in data["results"]:
+        assert keys <= row.keys()
+    assert data["results"][3]["recipe"]["method"]["alpha"] == 0.5
+    assert data["results"][1]["macs_ratio"] == pytest.approx(0.67, abs=0.005)
+    assert "tome" in result.output
+
+
+def test_eval_names_and_skips_an_unreadable_image(images: Path, tmp_path: Path) -> None:
+    broken = next(images.glob("*/*.png"))
+    broken.write_bytes(broken.read_bytes()[:60])
+    out = tmp_path / "out.json"
+    result = run("eval", "demo", "--data", images, "--macs", "0.67", "--json", out)
+    assert result.exit_code == 0
+    data = json.loads(out.read_text())
+    assert data["images"] == 19
+    assert [item["name"] for item in data["skipped"]] == [str(broken.relative_to(images))]
+    assert broken.name in result.output
+
+
+def test_visualize_draws_a_picture(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "picture.png"
+    files = sorted(images.glob("*/*.png"))[:2]
+    assert run("visualize", "demo", *files, "--macs", "0.5", "--out", out).exit_code == 0
+    with Image.open(out) as picture:
+        assert picture.width > 800
+
+
+def test_list_shows_every_method_and_family(tmp_path: Path) -> None:
+    out = tmp_path / "list.json"
+    result = run("list", "--json", out)
+    data = json.loads(out.read_text())
+    assert {row["name"] for row in data["methods"]} >= {"mergence", "mstm", "tome", "evit", "topk"}
+    assert data["families"][0]["name"] == "timm"
+    assert "mergence" in result.output
+
+
+def test_demo_compares_and_draws(tmp_path: Path) -> None:
+    picture, table = tmp_path / "demo.png", tmp_path / "demo.json"
+    result = run("demo", "--limit", "10", "--out", picture, "--json", table)
+    assert result.exit_code == 0
+    assert picture.stat().st_size > 10_000
+    data = json.loads(table.read_text())
+    assert len(data["results"]) == 1 + len(demo.METHODS) * len(demo.BUDGETS)
+
+
+WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "unknown method": (("--method", "tomme", "--macs", "0.67"), "Did you mean 'tome'?"),
+    "macs 0": (("--macs", "0"), "above 0 and at most 1"),
+    "macs 1.5": (("--macs", "1.5"), "above 0 and at most 1"),
+    "no budget": ((), "how much to reduce"),
+    "two budgets": (("--macs", "0.67", "--keep-rate", "0.7"), "only one of them"),
+    "unknown option": (("--macs", "0.67", "--set", "beta=1"), "no option 'beta'"),
+    "option of no form": (("--macs", "0.67", "--set", "alpha"), "KEY=VALUE"),
+    "option out of range": (("--macs", "0.67", "--set", "alpha=-1"), "at least 0"),
+    "missing recipe": (("--recipe", "nowhere.json"), "nowhere.json"),
+    "unknown dtype": (("--macs", "0.67", "--dtype", "int4"), "float32, bfloat16 or float16"),
+    "unknown device": (("--macs", "0.67", "--device", "tpu"), "This machine has cpu"),
+    "no folder for json": (("--macs", "0.67", "--json", "no/where.json"), "no folder"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_option_is_one_paragraph_and_no_traceback(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, says = WRONG[case]
+    monkeypatch.setattr("sys.argv", ["mergence", "eval", "demo", "--data", "demo", *options])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    text = " ".join(capsys.readouterr().err.split())
+    assert stop.value.code == 1
+    assert text.startswith("Error:")
+    assert says in text
+    assert "Traceback" not in text
+
+
+def test_a_class_count_that_does_not_match_stops_before_any_work(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for image in next(images.iterdir()).iterdir():
+        image.unlink()
+    command = ["mergence", "eval", "demo", "--data", str(images), "--macs", "0.67"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit):
+        main()
+    assert "has 9 class folders" in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,98 @@
+"""Evaluation: the metrics against hand-made logits, and a real run on the embedded model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mergence
+from mergence import demo
+from mergence.data import Batch, Skipped, loader
+from mergence.errors import DataError
+from mergence.evaluation import _Tally, evaluate
+from mergence.recipe import make
+
+
+@pytest.fixture(scope="module")
+def embedded() -> nn.Module:
+    return demo.load().model
+
+
+def batches(images: Tensor, labels: Tensor | None, skipped: int = 0) -> Iterator[Batch]:
+    bad = [Skipped(f"bad-{i}", "OSError: broken") for i in range(skipped)]
+    yield Batch(images, labels, [f"image-{i}" for i in range(len(images))], bad)
+
+
+def test_a_tally_counts_hits_agreement_and_divergence() -> None:
+    dense = torch.tensor([[2.0, 0, 0, 0, 0, 0], [0, 3.0, 0, 0, 0, 0]])
+    logits = torch.tensor([[0.0, 1, 2, 3, 4, 5], [0, 3.0, 0, 0, 0, 0]])
+    tally = _Tally()
+    tally.add(logits, dense, torch.tensor([0, 1]))
+    assert (tally.top1, tally.top5, tally.agreement) == (1, 1, 1)
+    p, q = dense[0].softmax(0), logits[0].softmax(0)
+    by_hand = sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p, q, strict=True))
+    assert tally.kl == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_fewer_than_five_classes_still_have_a_top5() -> None:
+    tally = _Tally()
+    tally.add(torch.tensor([[1.0, 2, 3]]), torch.tensor([[1.0, 2, 3]]), torch.tensor([0]))
+    assert (tally.top1, tally.top5) == (0, 1)
+
+
+def test_keeping_everything_agrees_exactly_with_the_dense_model(embedded: nn.Module) -> None:
+    images = torch.randn(3, 1, 28, 28)
+    keep_all = make("mergence", schedule=[196] * 12)
+    result = evaluate(embedded, batches(images, None), {"all": keep_all}).results
+    assert [row.name for row in result] == ["dense", "all"]
+    assert (result[1].agreement, result[1].kl, result[1].macs_ratio) == (100.0, 0.0, 1.0)
+    assert result[1].top1 is None
+
+
+def test_skipped_images_are_reported_and_do_not_count(embedded: nn.Module) -> None:
+    run = batches(torch.randn(2, 1, 28, 28), torch.tensor([1, 2]), skipped=3)
+    result = evaluate(embedded, run, {})
+    assert result.images == 2
+    assert [item.name for item in result.skipped] == ["bad-0", "bad-1", "bad-2"]
+
+
+def test_no_readable_image_is_an_error(embedded: nn.Module) -> None:
+    with pytest.raises(DataError, match="None of the 2 images"):
+        evaluate(embedded, batches(torch.empty(0), None, skipped=2), {})
+
+
+def test_a_recipe_that_does_not_fit_stops_before_any_image_is_read(embedded: nn.Module) -> None:
+    def never() -> Iterator[Batch]:
+        raise AssertionError("an image was read")
+        yield
+
+    with pytest.raises(mergence.MergenceError, match="lists 3 counts"):
+        evaluate(embedded, never(), {"wrong": make("topk", schedule=[196, 100, 50])})
+
+
+def test_evaluation_leaves_a_reduced_model_as_it_was(embedded: nn.Module) -> None:
+    mergence.apply(embedded, "tome", macs=0.8)
+    try:
+        evaluate(
+            embedded, batches(torch.randn(1, 1, 28, 28), None), {"evit": make("evit", macs=0.5)}
+        )
+        assert mergence.recipe_of(embedded).method.name == "tome"
+    finally:
+        mergence.remove(embedded)
+
+
+def test_merging_keeps_the_answers_of_the_embedded_model_where_pruning_does_not() -> None:
+    """A real model on real images, at half of the MACs."""
+    loaded = demo.load()
+    data = demo.images(loaded, limit=100)
+    recipes = {name: make(name, macs=0.5) for name in ("mergence", "topk")}
+    dense, ours, topk = evaluate(loaded.model, loader(data, batch_size=50), recipes).results
+    assert dense.top1 is not None
+    assert dense.top1 > 85
+    assert ours.macs_ratio <= 0.5
+    assert ours.agreement > 90
+    assert ours.kl < topk.kl / 3
