@@ -13,7 +13,7 @@ from torch import nn
 from mergence import family as families
 from mergence import surgery
 from mergence.errors import MergenceError, UnsupportedModelError
-from mergence.family import Family, ModelSpec
+from mergence.family import ModelSpec
 from mergence.method import Method
 from mergence.recipe import Recipe, make
 from mergence.report import Description
@@ -84,31 +84,19 @@ def apply(
     first = program.first_reduction()
     if learned is not None and first is not None:
         _prepare(learned, spec, first)
-    remove(model)
-    _install(model, family, spec, program, learned, first)
-    return model
-
-
-def _install(
-    model: nn.Module,
-    family: Family,
-    spec: ModelSpec,
-    program: Program,
-    learned: nn.Module | None,
-    first: int | None,
-) -> None:
-    undo = []
+    back = surgery.bookmark(model)
     try:
+        surgery.restore(model)
         if first is not None:
             for index in range(first, len(spec.blocks)):
                 step = BlockStep(program, index)
                 module = learned if index == first else None
-                undo.append(surgery.swap(spec.blocks[index], family.block_mixin, step, module))
-        undo.append(surgery.swap(model, family.model_mixin, program))
+                surgery.swap(spec.blocks[index], family.block_mixin, step, module)
+        surgery.swap(model, family.model_mixin, program)
     except BaseException:
-        for step_back in reversed(undo):
-            step_back()
+        back()
         raise
+    return model
 
 
 def _prepare(learned: nn.Module, spec: ModelSpec, first: int) -> None:
@@ -134,9 +122,7 @@ def remove(model: ModelT) -> ModelT:
     Returns:
         The same model.
     """
-    for module in model.modules():
-        if surgery.is_swapped(module):
-            surgery.restore(module)
+    surgery.restore(model)
     return model
 
 
@@ -153,15 +139,12 @@ def applied(
         method: See `apply`.
         **arguments: See `apply`.
     """
-    program = surgery.attachment(model)
-    before = None if program is None else recipe_of(model)
+    back = surgery.bookmark(model)
     apply(model, method, **arguments)
     try:
         yield model
     finally:
-        remove(model)
-        if before is not None:
-            apply(model, before)
+        back()
 
 
 @contextmanager

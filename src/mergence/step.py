@@ -168,6 +168,11 @@ class BlockStep:
         )
         front, patches = x[:, :prefix], x[:, prefix:]
         if learned is not None:
+            if carry.grid is None:
+                raise ReducedOutputError(
+                    f"Block {self.index + 1} was called by itself, and its learned module needs "
+                    "the patch grid. Call the model's forward or forward_features."
+                )
             patches = learned(patches, carry.grid)
         size = carry.size
         if size is None:

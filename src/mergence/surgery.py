@@ -33,6 +33,7 @@ def _reduced_class(base: type, mixin: type) -> type:
             "__doc__": base.__doc__,
             "__reduce_ex__": reduce_ex,
             "_mergence_base": base,
+            "_mergence_mixin": mixin,
         },
     )
 
@@ -64,23 +65,39 @@ def learned_module(module: nn.Module) -> nn.Module | None:
 
 def swap(
     module: nn.Module, mixin: type, attachment: object, learned: nn.Module | None = None
-) -> Callable[[], None]:
-    """Mix a class into a module and attach an object to it.
-
-    Returns:
-        A function that undoes it exactly.
-    """
+) -> None:
+    """Mix a class into a module and attach an object to it; `restore` undoes it exactly."""
     base: type = type(module)
     module.__class__ = _reduced_class(base, mixin)
     module.__dict__[ATTACHMENT] = attachment
     if learned is not None:
         module.add_module(LEARNED, learned)
-    return lambda: restore(module)
 
 
-def restore(module: nn.Module) -> None:
-    """Undo `swap`; a module that was never swapped is left alone."""
-    if is_swapped(module):
-        module.__class__ = original_class(module)
-        module.__dict__.pop(ATTACHMENT, None)
-        module._modules.pop(LEARNED, None)
+def restore(model: nn.Module) -> None:
+    """Undo `swap` in a model and everything in it; what was never swapped is left alone."""
+    for module in list(model.modules()):
+        if is_swapped(module):
+            module.__class__ = original_class(module)
+            del module.__dict__[ATTACHMENT]
+            module._modules.pop(LEARNED, None)
+
+
+def bookmark(model: nn.Module) -> Callable[[], None]:
+    """Remember what is swapped in a model, learned modules with their weights included.
+
+    Returns:
+        A function that brings the model back to this state.
+    """
+    swapped = [
+        (module, mixin, attachment(module), learned_module(module))
+        for module in model.modules()
+        if (mixin := getattr(type(module), "_mergence_mixin", None)) is not None
+    ]
+
+    def back() -> None:
+        restore(model)
+        for state in swapped:
+            swap(*state)
+
+    return back

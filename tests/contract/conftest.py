@@ -53,6 +53,12 @@ def reduced(dense: nn.Module, method: str) -> nn.Module:
     return mergence.apply(dense, method, keep_rate=KEEP_RATE)
 
 
+@pytest.fixture(scope="session")
+def tiny() -> Callable[[str], nn.Module]:
+    """A fresh tiny model by name."""
+    return lambda name: copy.deepcopy(_built(name))
+
+
 @pytest.fixture
 def vit() -> nn.Module:
     """One plain tiny model, where the kind of model makes no difference."""

@@ -13,16 +13,15 @@ import mergence
 from mergence.step import BlockStep
 
 
-@pytest.mark.parametrize("how", [{"keep_rate": 1.0}, {"r": 0}, {"macs": 1.0}, {"schedule": "all"}])
 def test_keep_all_is_bit_identical(
-    dense: nn.Module, method: str, how: dict[str, Any], image: Tensor, output: Any, spec: Any
+    dense: nn.Module, method: str, image: Tensor, output: Any, spec: Any
 ) -> None:
-    expected = output(dense, image)
-    if "schedule" in how:
-        found = spec(dense)
-        how = {"schedule": [found.patches] * len(found.blocks)}
-    mergence.apply(dense, method, **how)
-    assert torch.equal(output(dense, image), expected)
+    expected, found = output(dense, image), spec(dense)
+    all_patches = [found.patches] * len(found.blocks)
+    for how in ({"keep_rate": 1.0}, {"r": 0}, {"macs": 1.0}, {"schedule": all_patches}):
+        mergence.apply(dense, method, **how)
+        assert mergence.describe(dense).macs_ratio == 1
+        assert torch.equal(output(dense, image), expected), how
 
 
 @pytest.mark.parametrize("fused", [True, False])

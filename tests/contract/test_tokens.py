@@ -24,8 +24,12 @@ def test_each_block_leaves_as_many_tokens_as_the_schedule_says(
     assert seen == schedule
 
 
-def test_sizes_are_the_numbers_of_patches_in_each_slot(reduced: nn.Module, image: Tensor) -> None:
+def test_sizes_are_the_numbers_of_patches_in_each_slot(
+    reduced: nn.Module, image: Tensor, output: Any
+) -> None:
     trace = mergence.trace(reduced, image)
+    traced = trace.output if isinstance(trace.output, Tensor) else trace.output[0]
+    assert torch.equal(traced, output(reduced, image))
     assert len(trace.points) == 3
     patches = mergence.describe(reduced).patches
     for point in trace.points:
@@ -47,12 +51,6 @@ def test_dropped_patches_stay_dropped_and_merged_ones_stay_together(
             slot_of = dict(zip(before.tolist(), after.tolist(), strict=True))
             slot_of.pop(-1, None)
             assert [slot_of.get(slot, -1) for slot in before.tolist()] == after.tolist()
-
-
-def test_tracing_does_not_change_the_output(reduced: nn.Module, image: Tensor, output: Any) -> None:
-    traced = mergence.trace(reduced, image).output
-    traced = traced if isinstance(traced, Tensor) else traced[0]
-    assert torch.equal(traced, output(reduced, image))
 
 
 def test_prefix_tokens_pass_every_reduction_in_place(

@@ -1,0 +1,43 @@
+"""Half precision, double precision and autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mergence
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_models_dtype_is_kept(
+    reduced: nn.Module, dtype: torch.dtype, image: Tensor, output: Any, spec: Any
+) -> None:
+    stream = []
+    for block in spec(reduced).blocks:
+        block.register_forward_hook(
+            lambda module, x, y: stream.append((y if isinstance(y, Tensor) else y[0]).dtype)
+        )
+    y = output(reduced.to(dtype), image.to(dtype))
+    assert {y.dtype, *stream} == {dtype}
+    assert y.isfinite().all()
+
+
+def test_autocast_leaves_the_residual_stream_as_the_dense_model_has_it(
+    dense: nn.Module, method: str, image: Tensor, output: Any, spec: Any
+) -> None:
+    stream: list[torch.dtype] = []
+    for block in spec(dense).blocks:
+        block.register_forward_hook(
+            lambda module, x, y: stream.append((y if isinstance(y, Tensor) else y[0]).dtype)
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = output(dense, image).dtype
+        dense_stream = stream.copy()
+        mergence.apply(dense, method, keep_rate=0.7)
+        y = output(dense, image)
+    assert y.dtype == expected
+    assert y.isfinite().all()
+    assert stream == dense_stream * 2
