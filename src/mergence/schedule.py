@@ -163,7 +163,7 @@ class Ramp(Schedule):
     kind: ClassVar[str] = "ramp"
 
     span: float = 0.0
-    end: float = 0.1
+    end: float = 0.02
     every: int | None = None
 
     def __post_init__(self) -> None:

@@ -23,10 +23,9 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.fixture
-def short(vit: Any) -> nn.Module:
-    """Three blocks, each of which reduces: whatever a deeper model would compile, sooner."""
-    vit.blocks = vit.blocks[:3]
-    return vit
+def short(vit: nn.Module, shorten: Any) -> nn.Module:
+    """A plain model of three blocks, each of which reduces."""
+    return shorten(vit)
 
 
 @pytest.mark.parametrize("method", names())
@@ -64,9 +63,9 @@ def test_a_model_that_never_ran_compiles(short: nn.Module, image: Tensor, output
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["timm-siglip", "timm-dinov2_reg"])
 def test_heads_that_pool_by_size_and_registers_compile(
-    kind: str, image: Tensor, output: Any, tiny: Any
+    kind: str, image: Tensor, output: Any, tiny: Any, shorten: Any
 ) -> None:
-    model = mergence.apply(tiny(kind), "mergence", keep_rate=0.7)
+    model = mergence.apply(shorten(tiny(kind)), "mergence", keep_rate=0.7)
     expected = output(model, image)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     # Not exact: decompositions may sum in another order.
@@ -74,11 +73,12 @@ def test_heads_that_pool_by_size_and_registers_compile(
 
 
 @pytest.mark.slow
-def test_inductor_agrees_with_eager(short: nn.Module, image: Tensor, output: Any) -> None:
-    mergence.apply(short, "mergence", keep_rate=0.7)
-    expected = output(short, image)
-    compiled = torch.compile(short, fullgraph=True)
+def test_inductor_agrees_with_eager(
+    vit: nn.Module, image: Tensor, output: Any, shorten: Any
+) -> None:
+    # One block with one reduction: the C++ compiler takes most of a minute for three.
+    mergence.apply(shorten(vit, 1), "mergence", keep_rate=0.7)
+    expected = output(vit, image)
+    compiled = torch.compile(vit, fullgraph=True)
     # Not exact: generated kernels sum in another order.
-    torch.testing.assert_close(output(compiled, image), expected, rtol=1e-4, atol=1e-4)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        torch.testing.assert_close(output(compiled, image), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output(compiled, image), expected, rtol=1e-4, atol=1e-5)
