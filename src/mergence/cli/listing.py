@@ -7,6 +7,7 @@ from inspect import getdoc
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mergence.cli import options as o
@@ -30,8 +31,11 @@ def list_known(
     kinds = list(Kind) if kind is None else [kind]
     found = {kind.value: _LISTS[kind]() for kind in kinds}
     for name, rows in found.items():
-        table = Table(title=name, title_justify="left", show_header=bool(rows))
-        for column in rows[0] if rows else ("none yet: `mergence calibrate` will write them",):
+        if not rows:
+            console.print(f"{name}: none come with this version")
+            continue
+        table = Table(title=name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for column in rows[0]:
             table.add_column(column)
         for row in rows:
             table.add_row(*map(str, row.values()))

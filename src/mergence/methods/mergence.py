@@ -16,7 +16,7 @@ from mergence.schedule import Ramp, Schedule
 @register("mergence")
 @dataclass(frozen=True, kw_only=True)
 class Mergence(Method):
-    """Merge the tokens that matter little *and* are said again by a more important token.
+    """Merge the tokens that matter little and are said again by a more important token.
 
     The cost of removing token i is
 

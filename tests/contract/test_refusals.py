@@ -1,0 +1,89 @@
+"""Models that no family covers are refused by name and left as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import mergence
+from mergence import family
+from mergence.errors import UnsupportedModelError
+
+UNSUPPORTED: dict[str, Callable[[], nn.Module]] = {
+    "timm.models.swin_transformer.SwinTransformer": lambda: timm.create_model(
+        "swin_tiny_patch4_window7_224", embed_dim=12, depths=(1, 1), num_heads=(1, 2)
+    ),
+    "timm.models.convnext.ConvNeXt": lambda: timm.create_model(
+        "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)
+    ),
+    "timm.models.beit.Beit": lambda: timm.create_model(
+        "beit_base_patch16_224", embed_dim=12, depth=1, num_heads=1
+    ),
+    "timm.models.eva.Eva": lambda: timm.create_model(
+        "eva02_tiny_patch14_224", embed_dim=12, depth=1, num_heads=1
+    ),
+    "torch.nn.modules.container.Sequential": lambda: nn.Sequential(nn.Linear(3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_an_unknown_model_is_refused_with_what_was_found_and_what_is_known(
+    name: str, snapshot: Any
+) -> None:
+    model = UNSUPPORTED[name]()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError) as caught:
+        mergence.apply(model, macs=0.67)
+    message = str(caught.value)
+    assert name in message
+    for known in family.registry().values():
+        assert known.supported in message
+    assert "\n" not in message
+    assert snapshot(model) == before
+
+
+def test_a_wrapper_is_refused_with_the_path_of_the_model_inside(
+    dense: nn.Module, snapshot: Any
+) -> None:
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.ModuleDict({"visual": dense})
+
+    tower = Tower()
+    before = snapshot(tower)
+    with pytest.raises(UnsupportedModelError, match=r"Tower.*'\.encoder\.visual'"):
+        mergence.apply(tower, macs=0.67)
+    assert snapshot(tower) == before
+    mergence.apply(tower.encoder["visual"], keep_rate=0.7)  # as the message says
+
+
+def test_a_compiled_model_is_refused_with_the_way_out(vit: nn.Module, snapshot: Any) -> None:
+    compiled = torch.compile(vit, backend="eager")
+    before = snapshot(vit)
+    with pytest.raises(UnsupportedModelError, match=r"torch\.compile.*_orig_mod"):
+        mergence.apply(compiled, macs=0.67)
+    assert snapshot(vit) == before
+    mergence.apply(compiled._orig_mod, macs=0.67)  # as the message says
+
+
+@pytest.mark.parametrize("what", ["vit_tiny_patch16_224", None, nn.Linear])
+def test_what_is_no_module_is_refused(what: object) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"is a \w+, not a torch\.nn\.Module"):
+        mergence.apply(what, macs=0.67)
+
+
+@pytest.mark.parametrize("ask", [mergence.describe, mergence.recipe_of])
+def test_asking_a_dense_model_what_is_applied_says_what_to_do(vit: nn.Module, ask: Any) -> None:
+    with pytest.raises(mergence.MergenceError, match=r"not reduced.*mergence\.apply"):
+        ask(vit)
+
+
+def test_tracing_a_dense_model_says_what_to_do(vit: nn.Module, image: torch.Tensor) -> None:
+    with pytest.raises(mergence.MergenceError, match=r"not reduced.*Apply first"):
+        mergence.trace(vit, image)

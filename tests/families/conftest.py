@@ -1,0 +1,28 @@
+"""timm models of four patches a side, with what only timm has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2, "img_size": 64, "patch_size": 16}
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., Any]:
+    """Builds a small timm model in float64, where only real differences show."""
+
+    def build(name: str = "vit_tiny_patch16_224", **options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = timm.create_model(name, **(SMALL | {"num_classes": 5} | options)).eval().double()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+        return model
+
+    return build

@@ -1,0 +1,95 @@
+"""The restated timm block against timm's own, to the last bit, whatever a block can be built with."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mergence.families.timm import block_forward
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layer scale": {"init_values": 0.3},
+    "qk norm": {"qk_norm": True},
+    "scale norms": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "no biases": {"qkv_bias": False, "proj_bias": False},
+    "drop path and dropout": {"drop_path": 0.4, "proj_drop": 0.2, "attn_drop": 0.2},
+}
+
+
+@pytest.fixture(params=KINDS)
+def block(request: pytest.FixtureRequest) -> nn.Module:
+    block = Block(dim=24, num_heads=3, **({"qkv_bias": True} | KINDS[request.param]))
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)  # no scale or bias left at 1 or 0
+    return block
+
+
+@pytest.fixture(params=[True, False], ids=["fused", "unfused"])
+def fused(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+def keep(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return x
+
+
+def size_bias(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randint(1, 9, (4, 11)).to(dtype).log()[:, None, None, :]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "size bias"])
+def test_the_restated_block_is_bit_identical(
+    block: Any, fused: bool, biased: bool, training: bool
+) -> None:
+    block.train(training).attn.fused_attn = fused
+    x, bias = torch.randn(4, 11, 24), size_bias() if biased else None
+    torch.manual_seed(5)
+    expected = block(x, attn_mask=bias)
+    torch.manual_seed(5)
+    assert torch.equal(block_forward(block, x, bias, keep), expected)
+    # The bias is no bystander.
+    assert not biased or not torch.equal(block.eval()(x), block(x, attn_mask=bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_restated_block_is_bit_identical_in_other_dtypes(
+    block: Any, fused: bool, dtype: torch.dtype
+) -> None:
+    block.eval().to(dtype).attn.fused_attn = fused
+    x, bias = torch.randn(4, 11, 24, dtype=dtype), size_bias(dtype)
+    assert torch.equal(block_forward(block, x, bias, keep), block(x, attn_mask=bias))
+
+
+def test_the_gradients_of_the_restated_block_are_bit_identical(block: Any, fused: bool) -> None:
+    block.eval().attn.fused_attn = fused
+    x, found = torch.randn(4, 11, 24), []
+    for run in (block, partial(block_forward, block, bias=None, reduce=keep)):
+        block.zero_grad()
+        run(x).square().sum().backward()
+        found.append([p.grad.clone() for p in block.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_reduce_gets_the_queries_and_keys_of_the_attention(block: Any) -> None:
+    block.eval().attn.fused_attn = False
+    seen: dict[str, Tensor] = {}
+
+    def look(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen["map"] = (q @ k.transpose(-2, -1) * block.attn.scale).softmax(dim=-1)
+        return x
+
+    own: list[Tensor] = []
+    block.attn.attn_drop.register_forward_hook(lambda module, x, y: own.append(y))
+    x = torch.randn(4, 11, 24)
+    block(x)
+    block_forward(block, x, None, look)
+    # Not exact: timm scales the queries before the product, this test scales the product.
+    torch.testing.assert_close(seen["map"], own[0], rtol=1e-5, atol=1e-6)
