@@ -13,6 +13,7 @@ from mergence._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from mergence.api import applied, apply, describe, disabled, recipe_of, remove
+    from mergence.benchmark import bench
     from mergence.errors import MergenceError
     from mergence.evaluation import evaluate
     from mergence.method import Method, register
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "api": ("apply", "applied", "describe", "disabled", "recipe_of", "remove"),
+    "benchmark": ("bench",),
     "errors": ("MergenceError",),
     "evaluation": ("evaluate",),
     "method": ("Method", "register"),
@@ -46,6 +48,7 @@ __all__ = [
     "__version__",
     "applied",
     "apply",
+    "bench",
     "describe",
     "disabled",
     "evaluate",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from mergence import family
 from mergence.api import applied, describe, disabled
 from mergence.data import Batch, Skipped
+from mergence.devices import synchronise, warn_of_slow_type
 from mergence.errors import DataError
 from mergence.macs import count
 from mergence.recipe import Recipe
@@ -121,7 +121,7 @@ def evaluate(
         DataError: No image could be read.
         MergenceError: A recipe does not fit the model.
     """
-    _warn_of_slow_type(torch.device(device), dtype)
+    warn_of_slow_type(torch.device(device), dtype)
     model = model.to(device=device, dtype=dtype).eval()
     runs: dict[str, Recipe | None] = {DENSE: None, **recipes}
     costs = {name: _cost(model, recipe) for name, recipe in runs.items()}
@@ -172,10 +172,10 @@ def _run_batch(
     dense = None
     for name, recipe in runs.items():
         with disabled(model) if recipe is None else applied(model, recipe):
-            _synchronise(images.device)
+            synchronise(images.device)
             start = time.perf_counter()
             logits = model(images)
-            _synchronise(images.device)
+            synchronise(images.device)
             tallies[name].seconds += time.perf_counter() - start
         logits = logits.float()
         dense = logits if dense is None else dense
@@ -189,23 +189,3 @@ def _cost(model: nn.Module, recipe: Recipe | None) -> tuple[float, float]:
     with applied(model, recipe):
         description = describe(model)
     return description.reduced.total / 1e9, description.macs_ratio
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _warn_of_slow_type(device: torch.device, dtype: torch.dtype) -> None:
-    supported = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported",
-        torch.float16: "_is_mkldnn_fp16_supported",
-    }
-    check = getattr(torch.ops.mkldnn, supported.get(dtype, ""), None)
-    if device.type == "cpu" and check is not None and not check():
-        name = str(dtype).removeprefix("torch.")
-        warnings.warn(
-            f"This CPU has no {name} arithmetic: {name} is emulated and several times slower than "
-            "float32. Use float32 here unless you want to see the rounding.",
-            stacklevel=3,
-        )

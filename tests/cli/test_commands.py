@@ -68,6 +68,19 @@ def test_visualize_draws_a_picture(images: Path, tmp_path: Path) -> None:
         assert picture.width > 800
 
 
+def test_bench_prints_a_verdict_and_writes_the_documented_json(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    command = ("bench", "demo", "--method", "evit", "--macs", "0.5", "--batch-size", "1,2")
+    result = run(*command, "--seconds", "0", "--json", out)
+    assert result.exit_code == 0, result.output
+    data = json.loads(out.read_text())
+    assert data.keys() >= {"device", "torch", "rows"}
+    keys = {"name", "batch", "dtype", "mode", "ms", "images_per_s", "speedup", "macs_ratio"}
+    assert data["rows"][0].keys() >= keys | {"of_ideal", "peak_mib"}
+    assert [row["batch"] for row in data["rows"]] == [1, 1, 2, 2]
+    assert "verdict" in result.output
+
+
 def test_list_shows_every_method_and_family(tmp_path: Path) -> None:
     out = tmp_path / "list.json"
     result = run("list", "--json", out)

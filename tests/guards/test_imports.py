@@ -29,8 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("families", "tracing"),
     ("recipe",),
     ("api",),
-    ("data", "models", "regions"),
-    ("evaluation", "bench", "calibrate", "visualize", "export", "train", "demo"),
+    ("data", "devices", "models", "regions"),
+    ("benchmark", "evaluation", "calibrate", "visualize", "export", "train", "demo"),
     ("__init__",),
     ("cli", "__main__"),
 )

@@ -1,0 +1,239 @@
+"""Time reductions against the dense model: same machine, type, batch and mode, interleaved."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergence.api import apply, describe, remove
+from mergence.devices import synchronise, warn_of_slow_type
+from mergence.errors import OptionError
+from mergence.recipe import Recipe
+
+DENSE = "dense"
+MODES: dict[str, str | None] = {
+    "eager": None,
+    "compile": "default",
+    "cudagraphs": "reduce-overhead",
+}
+"""How a model is run, and the `torch.compile` mode that stands for it."""
+PAYS, SLOWER = 1.05, 0.97
+"""Speed-ups from which on a reduction pays, and below which it makes things worse."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model in one setting.
+
+    Attributes:
+        name: `dense`, or the name that the recipe was given.
+        batch: Images in a batch.
+        dtype: Type of weights and images.
+        mode: `eager`, `compile` or `cudagraphs`.
+        ms: Median milliseconds of one forward.
+        ms_low: First quartile of the same.
+        ms_high: Third quartile of the same.
+        images_per_s: Images per second at the median.
+        speedup: Dense median over this median, in the same setting.
+        macs_ratio: MACs as a share of the dense model's.
+        of_ideal: `speedup * macs_ratio`: 1 where the time fell as much as the MACs.
+        peak_mib: Peak memory of the device in MiB during a forward; None where it is not counted.
+        verdict: What this means, in words; empty for the dense model.
+    """
+
+    name: str
+    batch: int
+    dtype: str
+    mode: str
+    ms: float
+    ms_low: float
+    ms_high: float
+    images_per_s: float
+    speedup: float
+    macs_ratio: float
+    of_ideal: float
+    peak_mib: float | None
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The rows of one run and the machine they come from."""
+
+    model: str
+    device: str
+    torch: str
+    threads: int
+    rows: tuple[Row, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The benchmark as plain JSON values."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def bench(
+    model: nn.Module,
+    recipes: Mapping[str, Recipe],
+    *,
+    input_size: tuple[int, int, int],
+    batches: Sequence[int] = (1, 8, 32),
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    modes: Sequence[str] = ("eager",),
+    device: str | torch.device = "cpu",
+    seconds: float = 5.0,
+    rounds: int = 7,
+    model_name: str = "",
+    progress: Callable[[int], None] = lambda settings: None,
+) -> Benchmark:
+    """Time a model and its reductions in every setting.
+
+    In each setting all of them take turns, so that a machine that drifts drifts for all. The first
+    turn warms up and does not count. Quote the ratios of one run, not the times of two.
+
+    Args:
+        model: A model of a known family; it is copied and left as it was.
+        recipes: What to compare with the dense model, by name.
+        input_size: Channels, height and width of the images, which are random.
+        batches: Batch sizes.
+        dtypes: Types of weights and images.
+        modes: `eager`, `compile`, `cudagraphs`.
+        device: Where to run.
+        seconds: Keep taking turns for so long in each setting ...
+        rounds: ... but take at least so many.
+        model_name: Goes into the result.
+        progress: Called after each setting with 1.
+
+    Raises:
+        OptionError: A mode is unknown, or not to be had on this device.
+        MergenceError: A recipe does not fit the model.
+    """
+    device = torch.device(device)
+    _check(modes, device)
+    runs: dict[str, Recipe | None] = {DENSE: None, **recipes}
+    rows: list[Row] = []
+    for dtype in dtypes:
+        warn_of_slow_type(device, dtype)
+        models = {name: _prepared(model, recipe, device, dtype) for name, recipe in runs.items()}
+        ratios = {n: 1.0 if n == DENSE else describe(m).macs_ratio for n, m in models.items()}
+        for mode in modes:
+            calls = {name: _callable(one, mode) for name, one in models.items()}
+            for batch in batches:
+                images = torch.randn(batch, *input_size, device=device, dtype=dtype)
+                times = _take_turns(calls, images, seconds, rounds)
+                dense = statistics.median(times[DENSE])
+                for name, call in calls.items():
+                    peak = _peak_mib(call, images)
+                    type_ = str(dtype).removeprefix("torch.")
+                    rows.append(
+                        _row(name, batch, type_, mode, times[name], dense, ratios[name], peak)
+                    )
+                progress(1)
+    named = platform.processor() or platform.machine()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({named})"
+    return Benchmark(
+        model_name, where, torch.__version__, torch.get_num_threads(), tuple(judged(rows))
+    )
+
+
+def judged(rows: Iterable[Row]) -> list[Row]:
+    """Add to each reduced row what it means, with a look at the other batch sizes."""
+    rows = list(rows)
+
+    def verdict(row: Row) -> str:
+        if row.name == DENSE:
+            return ""
+        same = (row.name, row.dtype, row.mode)
+        series = [r for r in rows if (r.name, r.dtype, r.mode) == same]
+        paying = [r.batch for r in series if r.speedup >= PAYS]
+        if row.speedup >= PAYS:
+            return "pays"
+        text = "slower" if row.speedup < SLOWER else "no gain"
+        larger = [batch for batch in paying if batch > row.batch]
+        return f"{text}; pays from batch {min(larger)}" if larger else text
+
+    return [Row(**{**asdict(row), "verdict": verdict(row)}) for row in rows]
+
+
+def _check(modes: Sequence[str], device: torch.device) -> None:
+    for mode in modes:
+        if mode not in MODES:
+            raise OptionError(f"mode '{mode}' is unknown; choose from {', '.join(MODES)}.")
+        if mode == "cudagraphs" and device.type != "cuda":
+            raise OptionError(f"mode 'cudagraphs' needs a CUDA device; this run is on {device}.")
+
+
+def _prepared(
+    model: nn.Module, recipe: Recipe | None, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    one = remove(copy.deepcopy(model)).to(device=device, dtype=dtype).eval()
+    return one if recipe is None else apply(one, recipe)
+
+
+def _callable(model: nn.Module, mode: str) -> Callable[[Tensor], Any]:
+    compiled = MODES[mode]
+    if compiled is None:
+        return model
+    call: Callable[[Tensor], Any] = torch.compile(model, fullgraph=True, mode=compiled)
+    return call
+
+
+def _take_turns(
+    calls: Mapping[str, Callable[[Tensor], Any]], images: Tensor, seconds: float, rounds: int
+) -> dict[str, list[float]]:
+    for call in calls.values():
+        call(images)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while len(times[DENSE]) < rounds or time.perf_counter() < end:
+        for name, call in calls.items():
+            synchronise(images.device)
+            start = time.perf_counter()
+            call(images)
+            synchronise(images.device)
+            times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def _peak_mib(call: Callable[[Tensor], Any], images: Tensor) -> float | None:
+    if images.device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(images.device)
+    call(images)
+    synchronise(images.device)
+    return torch.cuda.max_memory_allocated(images.device) / 2**20
+
+
+def _row(
+    name: str,
+    batch: int,
+    dtype: str,
+    mode: str,
+    times: list[float],
+    dense: float,
+    ratio: float,
+    peak: float | None,
+) -> Row:
+    low, ms, high = statistics.quantiles(times, n=4)
+    return Row(
+        name=name,
+        batch=batch,
+        dtype=dtype,
+        mode=mode,
+        ms=ms,
+        ms_low=low,
+        ms_high=high,
+        images_per_s=1000 * batch / ms,
+        speedup=dense / ms,
+        macs_ratio=ratio,
+        of_ideal=dense / ms * ratio,
+        peak_mib=peak,
+    )

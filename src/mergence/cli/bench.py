@@ -1,0 +1,112 @@
+"""mergence bench."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from mergence.cli import options as o
+from mergence.cli.output import check_json, console, progress, write_json
+from mergence.errors import OptionError
+
+if TYPE_CHECKING:
+    from mergence.benchmark import Benchmark
+
+
+def bench(
+    model: o.Model,
+    method: o.Methods = None,
+    recipe: o.Recipes = None,
+    macs: o.Macs = None,
+    keep_rate: o.KeepRate = None,
+    set_: o.Set = None,
+    device: o.Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; several with commas.")] = (
+        "float32"
+    ),
+    batch_size: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8,32",
+    mode: Annotated[
+        str, typer.Option(help="eager, compile, cudagraphs (CUDA only); several with commas.")
+    ] = "eager",
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds for each setting.")] = 5.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+    seed: o.Seed = 0,
+    json: o.Json = None,
+) -> None:
+    """Time methods against the dense model, interleaved, and say whether they pay here."""
+    check_json(json)
+    recipes = o.recipes_of(method, recipe, macs, keep_rate, set_)
+    dtypes = [o.dtype_of(name) for name in _parts(dtype)]
+    place, batches = o.device_of(device), [_batch(size) for size in _parts(batch_size)]
+    modes = _parts(mode)
+    import torch
+
+    from mergence import benchmark
+    from mergence.models import load_model
+
+    torch.manual_seed(seed)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_model(model)
+    with progress("timing", len(dtypes) * len(modes) * len(batches)) as advance:
+        result = benchmark.bench(
+            loaded.model,
+            recipes,
+            input_size=loaded.input_size,
+            batches=batches,
+            dtypes=dtypes,
+            modes=modes,
+            device=place,
+            seconds=seconds,
+            model_name=model,
+            progress=advance,
+        )
+    _table(result)
+    write_json(json, result.to_dict())
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _batch(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise OptionError(f"--batch-size {text} is no batch size; give numbers such as 1,8,32.")
+    return int(text)
+
+
+def _table(result: Benchmark) -> None:
+    console.print(
+        f"{result.model} on {result.device}, torch {result.torch}, {result.threads} threads"
+    )
+    settings = dict.fromkeys((row.dtype, row.mode) for row in result.rows)
+    for setting in settings:
+        rows = [row for row in result.rows if (row.dtype, row.mode) == setting]
+        memory = rows[0].peak_mib is not None
+        title = ", ".join(setting)
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("batch", justify="right")
+        table.add_column("method", no_wrap=True)
+        headings = ("ms", "speed-up", "MACs", "of ideal")
+        for heading in (*headings, "MiB") if memory else headings:
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("verdict", no_wrap=True)
+        for row in rows:
+            spread = (row.ms_high - row.ms_low) / 2
+            numbers = (
+                f"{row.ms:.1f} ±{spread:.1f}",
+                f"{row.speedup:.2f}",
+                f"{row.macs_ratio:.0%}",
+                f"{row.of_ideal:.2f}",
+                *((f"{row.peak_mib:.0f}",) if memory else ()),
+            )
+            table.add_row(str(row.batch), row.name, *numbers, row.verdict)
+        console.print(table)
+    console.print(
+        "ms: median of one forward ± half the distance between the quartiles. of ideal: speed-up × "
+        "MACs, 1 where the time fell as much as the MACs.",
+        style="dim",
+    )

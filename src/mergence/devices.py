@@ -1,0 +1,29 @@
+"""What depends on the device that a measurement runs on."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done all of its work; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def warn_of_slow_type(device: torch.device, dtype: torch.dtype) -> None:
+    """Warn where a type is only emulated, which makes it slower than float32 instead of faster."""
+    checks = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    check = getattr(torch.ops.mkldnn, checks.get(dtype, ""), None)
+    if device.type == "cpu" and check is not None and not check():
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"This CPU has no {name} arithmetic: {name} is emulated and several times slower than "
+            "float32. Use float32 here unless you want to see the rounding.",
+            stacklevel=3,
+        )

@@ -1,0 +1,92 @@
+"""Timing: the arithmetic on made-up times, the turns, and a real run on the embedded model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import mergence
+from mergence import demo
+from mergence.benchmark import Row, _row, _take_turns, bench, judged
+from mergence.errors import OptionError
+from mergence.recipe import make
+
+
+def test_a_row_says_how_much_of_the_ideal_was_reached() -> None:
+    row = _row("x", 8, "float32", "eager", [4.0, 5.0, 6.0], dense=8.0, ratio=0.5, peak=None)
+    assert (row.ms, row.images_per_s, row.speedup) == (5.0, 1600.0, 1.6)
+    assert row.of_ideal == pytest.approx(0.8)
+    assert row.ms_low <= row.ms <= row.ms_high
+
+
+def rows(*speedups: float) -> list[Row]:
+    one = _row("x", 1, "float32", "eager", [1.0, 1.0], dense=1.0, ratio=0.5, peak=None)
+    return [replace(one, batch=2**i, speedup=speedup) for i, speedup in enumerate(speedups)]
+
+
+@pytest.mark.parametrize(
+    ("speedups", "verdicts"),
+    [
+        ((1.2,), ["pays"]),
+        ((1.0,), ["no gain"]),
+        ((0.9,), ["slower"]),
+        ((0.9, 1.0, 1.3), ["slower; pays from batch 4", "no gain; pays from batch 4", "pays"]),
+        ((1.3, 0.9), ["pays", "slower"]),
+    ],
+)
+def test_the_verdict_is_plain(speedups: tuple[float, ...], verdicts: list[str]) -> None:
+    assert [row.verdict for row in judged(rows(*speedups))] == verdicts
+
+
+def test_another_method_does_not_lend_its_verdict() -> None:
+    slow, fast = rows(0.9, 1.5)
+    assert judged([slow, replace(fast, name="y")])[0].verdict == "slower"
+
+
+def test_all_take_turns_and_the_first_turn_does_not_count() -> None:
+    order: list[str] = []
+
+    def note(name: str) -> object:
+        def call(images: Tensor) -> None:
+            order.append(name)
+
+        return call
+
+    calls = {name: note(name) for name in ("dense", "a", "b")}
+    times = _take_turns(calls, torch.zeros(1), seconds=0, rounds=3)  # type: ignore[arg-type]
+    assert order == ["dense", "a", "b"] * 4
+    assert [len(t) for t in times.values()] == [3, 3, 3]
+
+
+def test_a_real_run_has_a_row_for_each_setting_and_leaves_the_model_alone() -> None:
+    loaded = demo.load()
+    mergence.apply(loaded.model, "tome", macs=0.9)
+    result = bench(
+        loaded.model,
+        {"half": make("evit", macs=0.5)},
+        input_size=loaded.input_size,
+        batches=(1, 2),
+        seconds=0,
+        rounds=2,
+    )
+    assert [(r.name, r.batch) for r in result.rows] == [
+        ("dense", 1),
+        ("half", 1),
+        ("dense", 2),
+        ("half", 2),
+    ]
+    assert result.rows[0].speedup == 1
+    assert result.rows[1].macs_ratio == pytest.approx(0.5, abs=0.01)
+    assert mergence.recipe_of(loaded.model).method.name == "tome"
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"), [("jit", "'jit' is unknown"), ("cudagraphs", "needs a CUDA device")]
+)
+def test_a_mode_that_is_not_to_be_had_is_refused(mode: str, says: str) -> None:
+    model = demo.load().model
+    with pytest.raises(OptionError, match=says):
+        bench(model, {}, input_size=(1, 28, 28), modes=(mode,))
