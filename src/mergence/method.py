@@ -54,6 +54,9 @@ class Method(ABC):
 
     size_attention: bool = True
 
+    def __post_init__(self) -> None:
+        check_flag(self, "size_attention")
+
     @abstractmethod
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
         """Say where each of the N patch tokens goes.
@@ -101,16 +104,20 @@ def register(name: str) -> Callable[[M], M]:
 
     def add(cls: M) -> M:
         taken = _REGISTRY.get(name)
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
+        if taken is not None and _full_name(taken) != _full_name(cls):
             raise UnknownNameError(
-                f"The method name '{name}' is taken by {taken.__module__}.{taken.__qualname__}. "
-                f"Choose another name for {cls.__module__}.{cls.__qualname__}."
+                f"The method name '{name}' is taken by {_full_name(taken)}. "
+                f"Choose another name for {_full_name(cls)}."
             )
         cls.name = name
         _REGISTRY[name] = cls
         return cls
 
     return add
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 @cache
@@ -162,10 +169,15 @@ def from_dict(data: Mapping[str, Any]) -> Method:
     """Make a method from what `Method.to_dict` wrote.
 
     Raises:
-        RecipeError: The entry was written by a newer version of the method.
+        RecipeError: The entry is damaged, or was written by a newer version of the method.
     """
     options = dict(data)
-    name, version = str(options.pop("method")), int(options.pop("version", 1))
+    name, version = options.pop("method", None), options.pop("version", 1)
+    if not isinstance(name, str) or not isinstance(version, int):
+        raise RecipeError(
+            f"The recipe's method is {dict(data)}; it needs a name under 'method' and a whole "
+            "number under 'version'."
+        )
     known = registry().get(name)
     if known is not None and version > known.version:
         raise RecipeError(
@@ -173,6 +185,17 @@ def from_dict(data: Mapping[str, Any]) -> Method:
             f"version {known.version}. Upgrade mergence to use it."
         )
     return build(name, options)
+
+
+def check_flag(method: Method, field: str) -> None:
+    """Check that an option is True or False.
+
+    Raises:
+        OptionError: It is not.
+    """
+    value = getattr(method, field)
+    if not isinstance(value, bool):
+        raise OptionError(f"{type(method).__name__}.{field} is {value!r}; give True or False.")
 
 
 def check_range(

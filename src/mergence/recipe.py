@@ -38,7 +38,8 @@ class Recipe:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.align < 1:
+        align: Any = self.align  # may come from JSON
+        if not isinstance(align, int) or align < 1:
             raise OptionError(f"align is {self.align!r}; give a whole number of at least 1.")
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,10 +71,10 @@ class Recipe:
                 'This is no mergence recipe: the keys "mergence_recipe" and "method" are missing. '
                 f"Found: {', '.join(map(str, data)) or 'nothing'}."
             )
-        if found > _FORMAT:
+        if not isinstance(found, int) or found > _FORMAT:
             raise RecipeError(
-                f"The recipe has format {found} (written by {writer}), and mergence {__version__} "
-                f"reads formats up to {_FORMAT}. Upgrade mergence."
+                f"The recipe has format {found!r} (written by {writer}), and mergence "
+                f"{__version__} reads formats up to {_FORMAT}. Upgrade mergence."
             )
         unknown = sorted(set(data) - _KEYS)
         if unknown:
@@ -108,7 +109,7 @@ class Recipe:
 
 
 def make(
-    method: str | Path | Method | Recipe = "mergence",
+    method: Any = "mergence",
     *,
     macs: float | None = None,
     keep_rate: float | None = None,
@@ -140,6 +141,11 @@ def make(
         return method if align is None else dataclasses.replace(method, align=align)
     if isinstance(method, str):
         method = methods.build(method, options)
+    elif not isinstance(method, Method):
+        raise OptionError(
+            f"The method is {method!r}. Give the name of one ({', '.join(methods.names())}), a "
+            "method such as ToMe(), a recipe, or the path of a recipe file."
+        )
     elif options:
         raise OptionError(
             f"{type(method).__name__}(...) holds its own options; {', '.join(options)} cannot be "

@@ -98,7 +98,9 @@ class KeepRate(Schedule):
             )
 
     def raw(self, setting: Setting) -> tuple[int, ...]:
-        chosen = self.blocks or tuple(setting.depth * quarter // 4 + 1 for quarter in (1, 2, 3))
+        chosen = self.blocks
+        if chosen is None:
+            chosen = tuple(setting.depth * quarter // 4 + 1 for quarter in (1, 2, 3))
         _check_blocks(chosen, setting.depth)
         left, counts = setting.tokens, []
         for block in range(1, setting.depth + 1):
@@ -128,7 +130,7 @@ class Constant(Schedule):
     first: int = 1
 
     def __post_init__(self) -> None:
-        if not self.r >= 0:
+        if not 0 <= self.r < math.inf:
             raise ScheduleError(f"r is {self.r}; give the number of tokens to remove per block.")
 
     def raw(self, setting: Setting) -> tuple[int, ...]:
@@ -207,6 +209,15 @@ class Counts(Schedule):
     after: tuple[int, ...]
     of: int | None = None
 
+    def __post_init__(self) -> None:
+        count: Any  # lists come from users and from JSON
+        for block, count in enumerate(self.after, start=1):
+            if not isinstance(count, int):
+                raise ScheduleError(
+                    f"For block {block}, Counts.after holds {count!r}; give the whole number of "
+                    "patch tokens that are left after it."
+                )
+
     def raw(self, setting: Setting) -> tuple[int, ...]:
         if len(self.after) != setting.depth:
             raise ScheduleError(
@@ -233,6 +244,9 @@ class Macs(Schedule):
     shape: Schedule
 
     def __post_init__(self) -> None:
+        shape: Any = self.shape
+        if not isinstance(shape, Schedule):
+            raise ScheduleError(f"shape is {shape!r}; give a schedule, for example KeepRate().")
         if not 0 < self.macs <= 1:
             raise ScheduleError(
                 f"macs is {self.macs}; give the share of the dense model's multiply-adds to keep, "
@@ -315,12 +329,14 @@ def _check_blocks(blocks: tuple[int, ...], depth: int) -> None:
 _KINDS: dict[str, type[Schedule]] = {c.kind: c for c in (KeepRate, Constant, Ramp, Counts, Macs)}
 
 
-def from_dict(data: Mapping[str, Any]) -> Schedule:
+def from_dict(data: Any) -> Schedule:
     """Make a schedule from what `Schedule.to_dict` wrote.
 
     Raises:
-        RecipeError: The kind is unknown or a value is missing or superfluous.
+        RecipeError: The kind is unknown, or a value is missing, superfluous or out of range.
     """
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"The recipe's schedule is {data!r}; give an object with a 'kind'.")
     values = dict(data)
     kind = values.pop("kind", None)
     if kind not in _KINDS:
@@ -334,5 +350,5 @@ def from_dict(data: Mapping[str, Any]) -> Schedule:
             values[key] = from_dict(value)
     try:
         return _KINDS[kind](**values)
-    except TypeError as error:
-        raise RecipeError(f"The recipe's schedule '{kind}' is not complete: {error}.") from error
+    except (TypeError, ScheduleError) as error:
+        raise RecipeError(f"The recipe's schedule '{kind}' is not complete: {error}") from error

@@ -39,6 +39,7 @@ class Mergence(Method):
     epsilon: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self, "alpha", 0)
         check_range(self, "epsilon", 1e-6)
 

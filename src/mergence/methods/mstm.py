@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from torch.nn import functional as F
 
-from mergence.errors import OptionError
-from mergence.method import Learned, Method, register
+from mergence.method import Learned, Method, check_flag, register
 from mergence.multiscale import MultiScaleFusion
 from mergence.plan import MergePlan, TokenView, keep_highest
 from mergence.schedule import KeepRate, Schedule
@@ -34,8 +33,8 @@ class Mstm(Method):
     fusion: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fusion, bool):
-            raise OptionError(f"Mstm.fusion is {self.fusion!r}; give True or False.")
+        super().__post_init__()
+        check_flag(self, "fusion")
 
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
         """See `Method.plan`."""

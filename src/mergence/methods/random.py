@@ -30,6 +30,7 @@ class Random(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self, "seed", 0, 2**31 - 1, integer=True)
 
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
