@@ -161,7 +161,8 @@ def _pool_by_size(model: Any, x: Tensor, size: Tensor, kind: str) -> Tensor:
         y: Tensor = model.attn_pool(x, attn_mask=size.log().to(x.dtype)[:, None, None, :])
         return y
     share = (size / size.sum(dim=1, keepdim=True)).to(x.dtype)
-    mean = (share.unsqueeze(1) @ x).squeeze(1)
+    # Not a matrix product: autocast would take that to half precision, and the dense mean it leaves.
+    mean = (share.unsqueeze(2) * x).sum(dim=1)
     return mean if kind == "avg" else 0.5 * (x.amax(dim=1) + mean)
 
 
