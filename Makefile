@@ -18,7 +18,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 EXTRAS := all,dev
 
 # Anything for pytest: make test PYTEST_ARGS="-n 2 -k tome"
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python

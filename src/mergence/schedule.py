@@ -281,13 +281,20 @@ def aligned(counts: tuple[int, ...], setting: Setting) -> tuple[int, ...]:
     if setting.align <= 1:
         return counts
 
-    def nearest(count: int) -> int:
+    def nearest(count: int, before: int) -> int:
         multiple = max(round((count + setting.prefix) / setting.align), 1) * setting.align
-        while multiple - setting.prefix < 1:
+        fewest = min(setting.fewest(before), before)
+        while multiple - setting.prefix < fewest:
             multiple += setting.align
-        return min(multiple - setting.prefix, setting.tokens)
+        return min(multiple - setting.prefix, before)
 
-    return tuple(nearest(n) if 0 < n < setting.tokens else n for n in counts)
+    before, result = setting.tokens, []
+    for count in counts:
+        if 0 < count < setting.tokens:
+            before = nearest(count, before)
+            count = before
+        result.append(count)
+    return tuple(result)
 
 
 def check(counts: tuple[int, ...], setting: Setting) -> tuple[int, ...]:

@@ -54,30 +54,41 @@ class Run(threading.local):
         disabled: Run the model as if nothing were applied.
     """
 
-    active: bool = False
-    carry: Carry | None = None
-    grid: tuple[int, int] | None = None
-    observer: Any = None
-    disabled: bool = False
+    def __init__(self) -> None:
+        # Runs once in each thread. Class attributes would do, but compiled code would then be
+        # guarded by their absence from the instance, which ends with the first forward.
+        self.active: bool = False
+        self.carry: Carry | None = None
+        self.grid: tuple[int, int] | None = None
+        self.observer: Any = None
+        self.disabled: bool = False
 
     def __reduce__(self) -> tuple[type[Run], tuple[()]]:
         return Run, ()
 
     @contextmanager
-    def forward(self, grid: tuple[int, int] | None) -> Iterator[None]:
+    def forward(self, grid: tuple[int, int]) -> Iterator[Run]:
         """Mark a model's forward; inner calls join the outer one.
 
         The run is reset on entry and on exit, so that nothing of an earlier forward, also of one
         that failed, can reach a later one.
         """
         if self.active:
-            yield
+            yield self
             return
         self.active, self.carry, self.grid = True, None, grid
+        if self.observer is not None:
+            self.observer.grid = grid
         try:
-            yield
+            yield self
         finally:
             self.active, self.carry, self.grid = False, None, None
+
+    def known(self) -> Carry | None:
+        """What is known about the tokens now; before any reduction, that they are all there."""
+        if self.carry is None and self.grid is not None:
+            return Carry(patches=self.grid[0] * self.grid[1], grid=self.grid)
+        return self.carry
 
 
 def attach(x: Tensor, carry: Carry | None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mergence import ops
-from mergence.errors import ReducedOutputError
+from mergence.errors import ReducedOutputError, ScheduleError
 from mergence.importance import attention_from
 from mergence.macs import Macs, ModelCost, ReductionCost, count
 from mergence.method import Method
@@ -68,7 +68,9 @@ class Program:
                 fewest=self.method.fewest_slots,
                 share=lambda counts: self._macs_at(patches, counts).total / dense,
             )
-            self._counts[patches] = self.schedule.counts(setting)
+            counts = self.schedule.counts(setting)
+            self._check_first(patches, counts)
+            self._counts[patches] = counts
         return self._counts[patches]
 
     def macs(self, patches: int | None = None, *, dense: bool = False) -> Macs:
@@ -82,6 +84,19 @@ class Program:
 
         reduction = ReductionCost("importance" in self.method.needs, plan, self.learned)
         return count(self.cost, patches, counts, reduction)
+
+    def _check_first(self, patches: int, counts: tuple[int, ...]) -> None:
+        """Blocks before the first reduction at the model's own size were left as they are."""
+        if patches == self.patches:
+            return
+        first = self.first_reduction()
+        early = next((i for i, n in enumerate(counts[:first]) if n < patches), None)
+        if early is not None:
+            raise ScheduleError(
+                f"For images of {patches} patches the schedule reduces in block {early + 1}, where "
+                f"it reduces nothing at the model's own {self.patches} patches. Give a schedule "
+                "that scales: a share of the MACs, a keep rate, or Counts(after=..., of=...)."
+            )
 
     def first_reduction(self) -> int | None:
         """Index of the first block that reduces at the model's own input size, or None."""

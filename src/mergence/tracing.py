@@ -62,7 +62,6 @@ class _Observer:
     ) -> None:
         if after.source is None or after.size is None:
             raise MergenceError("A reduction was observed without its books; this is a bug.")
-        self.grid = after.grid
         batch, tokens = plan.slot.shape
         if self.points:
             source, anchor = self.points[-1].source, self.points[-1].anchor

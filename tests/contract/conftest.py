@@ -30,6 +30,32 @@ TINY = {
 KEEP_RATE = 0.7  # three reductions, each small enough for every method
 
 
+# A cut through the product: every method meets the first model, every model meets one method.
+CUT = [(kind, names()[i % len(names())]) for i, kind in enumerate(TINY)] + [
+    (next(iter(TINY)), method) for method in names()[1:]
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full_product: run on every method x every model, not a cut")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Beyond the cut, only promises marked `full_product` run, and in the slow tier."""
+    dropped = []
+    for item in items:
+        chosen = getattr(getattr(item, "callspec", None), "params", {})
+        if not {"dense", "method"} <= chosen.keys() or (chosen["dense"], chosen["method"]) in CUT:
+            continue
+        if item.get_closest_marker("full_product"):
+            item.add_marker("slow")
+        else:
+            dropped.append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+
+
 @cache
 def _built(name: str) -> nn.Module:
     return TINY[name]()
@@ -53,10 +79,11 @@ def reduced(dense: nn.Module, method: str) -> nn.Module:
     return mergence.apply(dense, method, keep_rate=KEEP_RATE)
 
 
-@pytest.fixture(scope="session")
-def tiny() -> Callable[[str], nn.Module]:
-    """A fresh tiny model by name."""
-    return lambda name: copy.deepcopy(_built(name))
+@pytest.fixture(params=CUT[: len(TINY)], ids="-".join)
+def short_reduced(request: pytest.FixtureRequest, shorten: Any) -> nn.Module:
+    """Each kind of model with one of the methods, and all methods among them, two blocks deep."""
+    kind, method = request.param
+    return mergence.apply(shorten(copy.deepcopy(_built(kind)), 2), method, keep_rate=KEEP_RATE)
 
 
 @pytest.fixture
@@ -73,9 +100,9 @@ def image() -> Tensor:
 
 @pytest.fixture(scope="session")
 def shorten() -> Callable[[nn.Module, int], nn.Module]:
-    """Cuts a model to its first blocks, for what takes seconds a block; three reduce in each."""
+    """Cuts a model to its first blocks, for what takes seconds a block."""
 
-    def cut(model: nn.Module, blocks: int = 3) -> nn.Module:
+    def cut(model: nn.Module, blocks: int) -> nn.Module:
         found = family.find(model).inspect(model).blocks
         for module in model.modules():
             if isinstance(module, nn.Sequential | nn.ModuleList) and tuple(module) == found:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import mergence
 
 
+@pytest.mark.full_product
 def test_a_batch_equals_its_images_one_by_one(
     reduced: nn.Module, image: Tensor, output: Any
 ) -> None:

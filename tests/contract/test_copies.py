@@ -40,6 +40,7 @@ def test_a_deep_copy_reduces_alike_and_is_independent(
     assert torch.equal(output(reduced, image), expected)
 
 
+@pytest.mark.full_product
 def test_the_whole_model_pickles(
     reduced: nn.Module, method: str, image: Tensor, output: Any
 ) -> None:

@@ -19,6 +19,7 @@ def gradients(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.full_product
 def test_gradients_reach_every_parameter_that_they_reach_in_the_dense_model(
     dense: nn.Module, method: str, image: Tensor
 ) -> None:

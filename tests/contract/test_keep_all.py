@@ -13,6 +13,7 @@ import mergence
 from mergence.step import BlockStep
 
 
+@pytest.mark.full_product
 def test_keep_all_is_bit_identical(
     dense: nn.Module, method: str, image: Tensor, output: Any, spec: Any
 ) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import mergence
 
 
+@pytest.mark.full_product
 def test_remove_gives_the_original_back(
     dense: nn.Module, method: str, image: Tensor, output: Any, snapshot: Any
 ) -> None:
@@ -44,6 +46,7 @@ def test_applying_twice_is_applying_once(
     assert [type(module) for module in reduced.modules()] == types
 
 
+@pytest.mark.full_product
 def test_applying_another_method_replaces_the_first(
     dense: nn.Module, method: str, image: Tensor, output: Any, snapshot: Any
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import mergence
 from mergence.step import BlockStep
 
 
+@pytest.mark.full_product
 def test_each_block_leaves_as_many_tokens_as_the_schedule_says(
     dense: nn.Module, method: str, image: Tensor, output: Any, spec: Any, token_counts: Any
 ) -> None:
@@ -24,6 +26,7 @@ def test_each_block_leaves_as_many_tokens_as_the_schedule_says(
     assert seen == schedule
 
 
+@pytest.mark.full_product
 def test_sizes_are_the_numbers_of_patches_in_each_slot(
     reduced: nn.Module, image: Tensor, output: Any
 ) -> None:
@@ -45,7 +48,7 @@ def test_dropped_patches_stay_dropped_and_merged_ones_stay_together(
     reduced: nn.Module, image: Tensor
 ) -> None:
     points = mergence.trace(reduced, image).points
-    for earlier, later in zip(points, points[1:], strict=False):
+    for earlier, later in pairwise(points):
         assert (later.source[earlier.source < 0] == -1).all()
         for before, after in zip(earlier.source, later.source, strict=True):
             slot_of = dict(zip(before.tolist(), after.tolist(), strict=True))
@@ -53,6 +56,7 @@ def test_dropped_patches_stay_dropped_and_merged_ones_stay_together(
             assert [slot_of.get(slot, -1) for slot in before.tolist()] == after.tolist()
 
 
+@pytest.mark.full_product
 def test_prefix_tokens_pass_every_reduction_in_place(
     reduced: nn.Module, image: Tensor, output: Any, spec: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

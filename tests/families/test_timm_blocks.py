@@ -1,4 +1,4 @@
-"""The restated timm block against timm's own, to the last bit, whatever a block can be built with."""
+"""The restated timm block against timm's own, to the last bit, with all that a block can hold."""
 
 from __future__ import annotations
 

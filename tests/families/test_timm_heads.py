@@ -75,7 +75,7 @@ def test_a_head_that_cannot_know_the_sizes_refuses(head: str, small: Any, image:
     name, options = HEADS[head]
     model = mergence.apply(small(name, **options), "topk", keep_rate=0.6)
     features = model.forward_features(image)
-    with pytest.raises(ReducedOutputError, match="sizes are not known.*forward_features returned"):
+    with pytest.raises(ReducedOutputError, match=r"sizes are not known.*forward_features returned"):
         model.forward_head(features.clone())
 
 

@@ -6,6 +6,7 @@ Written against timm 1.0.31; needs 1.0.16, which brought `attn_mask` to the bloc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,8 @@ from mergence.surgery import LEARNED, original_class
 
 _VIT = "timm.models.vision_transformer."
 _ATTENTION = "timm.layers.attention.Attention"
-_POOLS = ("timm.layers.attention_pool.AttentionPoolLatent",)
+_POOL = "timm.layers.attention_pool.AttentionPoolLatent"
+_EMBED = "timm.layers.patch_embed.PatchEmbed"
 
 
 def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +106,7 @@ class ReducedModel:
     ) -> Tensor:
         """The model's forward, as one run."""
         dense: Any = super()
-        with self._mergence.run.forward(_grid(self, x)):
+        with _run(self, x):
             y: Tensor = dense.forward(x, attn_mask=attn_mask, is_causal=is_causal)
             return y
 
@@ -113,10 +115,9 @@ class ReducedModel:
     ) -> Tensor:
         """The model's features, reduced; they remember their sizes for `forward_head`."""
         dense: Any = super()
-        run: Run = self._mergence.run
-        with run.forward(_grid(self, x)):
+        with _run(self, x) as run:
             y: Tensor = dense.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
-            attach(y, run.carry)
+            attach(y, run.known())
             return y
 
     def forward_intermediates(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +140,7 @@ class ReducedModel:
         carry = run.carry if run.active else attached(x)
         if run.disabled or not (self.attn_pool is not None or kind in ("avg", "avgmax")):
             carry = None
-        elif carry is None and x.shape[1] != program.prefix + program.patches:
+        elif carry is None and not run.active and x.shape[1] != program.prefix + program.patches:
             raise ReducedOutputError(
                 f"The head got {x.shape[1]} tokens whose sizes are not known, and it pools by "
                 "size. Pass it the very tensor that forward_features returned, or call the whole "
@@ -161,14 +162,17 @@ def _pool_by_size(model: Any, x: Tensor, size: Tensor, kind: str) -> Tensor:
         y: Tensor = model.attn_pool(x, attn_mask=size.log().to(x.dtype)[:, None, None, :])
         return y
     share = (size / size.sum(dim=1, keepdim=True)).to(x.dtype)
-    # Not a matrix product: autocast would take that to half precision, and the dense mean it leaves.
+    # Not a matrix product: autocast would take that to half precision, unlike the dense mean.
     mean = (share.unsqueeze(2) * x).sum(dim=1)
     return mean if kind == "avg" else 0.5 * (x.amax(dim=1) + mean)
 
 
-def _grid(model: Any, image: Tensor) -> tuple[int, int]:
-    rows, columns = model.patch_embed.dynamic_feat_size(image.shape[-2:])
-    return int(rows), int(columns)
+def _run(model: Any, image: Tensor) -> AbstractContextManager[Run]:
+    rows, columns = map(int, model.patch_embed.dynamic_feat_size(image.shape[-2:]))
+    program: Program = model._mergence
+    if not program.run.disabled:
+        program.counts(rows * columns)  # refuses a size at which the schedule cannot be followed
+    return program.run.forward((rows, columns))
 
 
 def _linear_macs(module: nn.Module) -> int:
@@ -192,8 +196,9 @@ class Timm(Family):
         for index, block in enumerate(model.blocks, start=1):
             _require(block, (_VIT + "Block",), f"block {index}")
             _require(block.attn, (_ATTENTION,), f"the attention of block {index}")
+        _require(model.patch_embed, (_EMBED,), "the patch embedding")
         if model.attn_pool is not None:
-            _require(model.attn_pool, _POOLS, "the attention pool")
+            _require(model.attn_pool, (_POOL,), "the attention pool")
         if not isinstance(model.patch_drop, nn.Identity):
             raise UnsupportedModelError(
                 "The model drops random patches in training (patch_drop_rate > 0), so patches have "

@@ -40,4 +40,5 @@ class Random(Method):
         mixed = (place + 1) * 2654435761 + (self.seed + 1) * 40503 + tokens.block * 69069
         for shift in (15, 13, 16):
             mixed = (mixed ^ (mixed >> shift)) * 73244475 % 2**32
-        return keep_highest(mixed.double().expand_as(tokens.size), slots).drop(tokens.size)
+        score = (mixed % 2**24).float()  # exact in float32, which every device has
+        return keep_highest(score.expand_as(tokens.size), slots).drop(tokens.size)

@@ -1,0 +1,134 @@
+"""Both merge operators against a double loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mergence.ops import dense, merge, reference
+from mergence.plan import DROPPED, MergePlan
+
+Merge = Callable[[Tensor, Tensor, MergePlan], tuple[Tensor, Tensor]]
+IMPLEMENTATIONS = {"dense": dense.merge, "reference": reference.merge}
+
+
+both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+
+
+def naive(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
+    """The definition, token by token, in float64."""
+    batch, tokens, channels = x.shape
+    total = torch.zeros(batch, plan.slots, dtype=torch.float64)
+    merged = torch.zeros(batch, plan.slots, channels, dtype=torch.float64)
+    merged_size = torch.zeros(batch, plan.slots)
+    for b in range(batch):
+        for n in range(tokens):
+            slot = int(plan.slot[b, n])
+            if slot != DROPPED:
+                total[b, slot] += plan.weight[b, n].double()
+                merged[b, slot] += plan.weight[b, n].double() * x[b, n].double()
+                merged_size[b, slot] += size[b, n]
+        for slot in range(plan.slots):
+            if total[b, slot] > 0:
+                merged[b, slot] /= total[b, slot]
+    return merged, merged_size
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, MergePlan]:
+    batch, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    slots, channels = draw(st.integers(1, tokens)), draw(st.integers(1, 4))
+
+    def table(elements: st.SearchStrategy[Any]) -> Tensor:
+        rows = st.lists(elements, min_size=tokens, max_size=tokens)
+        return torch.tensor(draw(st.lists(rows, min_size=batch, max_size=batch)))
+
+    weight = table(st.sampled_from([1.0, 2.0, 3.5, 1e-12, 1e-3, 196.0]))
+    size = table(st.integers(1, 50)).float()
+    slot = table(st.integers(DROPPED, slots - 1))
+    seed = draw(st.integers(0, 2**16))
+    x = torch.randn(batch, tokens, channels, generator=torch.Generator().manual_seed(seed))
+    return x, size, MergePlan(slot, weight, slots)
+
+
+@both
+@given(case=cases())
+def test_the_merge_agrees_with_a_double_loop(
+    implementation: Merge, case: tuple[Tensor, Tensor, MergePlan]
+) -> None:
+    x, size, plan = case
+    merged, merged_size = implementation(x, size, plan)
+    expected, expected_size = naive(x, size, plan)
+    assert merged.shape == expected.shape
+    assert merged.dtype == x.dtype
+    # The mean of up to nine float32 numbers of size one.
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-5, atol=2e-6)
+    assert torch.equal(merged_size, expected_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_token_alone_in_its_slot_passes_unchanged(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 6, 8).to(dtype)
+    slot = torch.tensor([[0, 1, 2, 3, 3, -1], [0, 0, 0, 1, 2, 3]])
+    weight = torch.tensor([0.3, 7.0, 1e-12, 1.0, 3.0, 1.0]).expand(2, 6)
+    merged, _ = merge(x, torch.ones(2, 6), MergePlan(slot, weight, 4))
+    assert merged.dtype == dtype
+    assert torch.equal(merged[0, :3], x[0, :3])
+    assert torch.equal(merged[1, 1:], x[1, 3:])
+
+
+@both
+def test_equal_tokens_merge_to_themselves_up_to_rounding(implementation: Merge) -> None:
+    x = torch.randn(1, 1, 8).expand(1, 7, 8)
+    merged, size = implementation(
+        x, torch.ones(1, 7), MergePlan(torch.zeros(1, 7, dtype=torch.long), torch.rand(1, 7), 1)
+    )
+    torch.testing.assert_close(merged, x[:, :1], rtol=1e-6, atol=0)
+    assert size.tolist() == [[7.0]]
+
+
+@both
+def test_a_slot_without_tokens_or_without_weight_yields_zeros(implementation: Merge) -> None:
+    slot = torch.tensor([[-1, -1, 2, 2]])
+    weight = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    merged, size = implementation(
+        torch.randn(1, 4, 3), torch.ones(1, 4), MergePlan(slot, weight, 3)
+    )
+    assert not merged.any()
+    assert size.tolist() == [[0.0, 0.0, 2.0]]
+
+
+@both
+def test_all_tokens_in_one_slot_make_the_weighted_mean(implementation: Merge) -> None:
+    x = torch.tensor([[[1.0, 10.0], [3.0, 20.0], [5.0, 60.0]]])
+    plan = MergePlan(torch.zeros(1, 3, dtype=torch.long), torch.tensor([[1.0, 1.0, 2.0]]), 1)
+    merged, size = implementation(x, torch.tensor([[1.0, 4.0, 2.0]]), plan)
+    assert merged.tolist() == [[[3.5, 37.5]]]
+    assert size.tolist() == [[7.0]]
+
+
+PLAN = MergePlan(torch.tensor([[0, 2, 0, 1, -1], [1, 1, 2, 0, 0]]), torch.rand(2, 5) + 0.5, 3)
+
+
+def test_gradients_reach_the_tokens() -> None:
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: merge(x, torch.ones(2, 5), PLAN)[0], x)
+
+
+def test_gradients_reach_the_weights() -> None:
+    # By the formula, since weights are float32 by design and gradcheck needs float64.
+    x, weight = torch.randn(2, 5, 3), PLAN.weight.clone().requires_grad_()
+    merged, _ = merge(x, torch.ones(2, 5), MergePlan(PLAN.slot, weight, 3))
+    merged.sum().backward()
+    for b in range(2):
+        for n, slot in enumerate(PLAN.slot[b].tolist()):
+            total = weight[b][PLAN.slot[b] == slot].sum().item()
+            expected = 0.0 if slot < 0 else ((x[b, n] - merged[b, slot]).sum() / total).item()
+            assert weight.grad is not None
+            assert weight.grad[b, n].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)

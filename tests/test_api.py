@@ -1,0 +1,82 @@
+"""apply and describe, as a user writes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mergence
+from mergence import family
+from mergence.method import build
+from mergence.schedule import Constant
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    return family.registry()["timm"].tiny()["vit"]()
+
+
+def test_the_ways_to_apply_in_the_documentation_work(vit: nn.Module, tmp_path: Path) -> None:
+    mergence.apply(vit, macs=0.67)
+    assert mergence.describe(vit).method.name == "mergence"
+    mergence.apply(vit, "tome", r=3)
+    assert mergence.describe(vit).counts == (33, 30, 27, 24, 21, 18)
+    method = build("mergence", {"alpha": 0.125})
+    mergence.apply(vit, method, schedule=[36] * 3 + [20] * 3)
+    assert mergence.describe(vit).method is method
+    assert mergence.describe(vit).counts == (36, 36, 36, 20, 20, 20)
+    mergence.recipe_of(vit).save(tmp_path / "recipe.json")
+    mergence.apply(vit, str(tmp_path / "recipe.json"))
+    assert mergence.describe(vit).method == method
+    mergence.apply(vit, mergence.Recipe(method, Constant(r=1), align=2))
+    assert mergence.describe(vit).counts == (35, 35, 33, 31, 31, 31)
+
+
+def test_options_of_a_method_given_by_name_reach_it(vit: nn.Module) -> None:
+    mergence.apply(vit, "mergence", macs=0.8, alpha=0.5, size_attention=False)
+    assert mergence.recipe_of(vit).method == build(
+        "mergence", {"alpha": 0.5, "size_attention": False}
+    )
+
+
+def test_blocks_before_the_first_reduction_are_left_untouched(vit: nn.Module) -> None:
+    plain = [type(block) for block in vit.blocks]
+    mergence.apply(vit, "topk", schedule=[36, 36, 30, 30, 20, 20])
+    assert [type(b) is t for b, t in zip(vit.blocks, plain, strict=True)] == [True] * 2 + [
+        False
+    ] * 4
+
+
+def test_size_attention_changes_what_follows_a_merge_and_nothing_before(vit: nn.Module) -> None:
+    leaving: list[torch.Tensor] = []
+    for block in vit.blocks:
+        block.register_forward_hook(lambda module, x, y: leaving.append(y))
+    x, n = torch.randn(1, 3, 96, 96), len(vit.blocks)
+    for size_attention in (False, True):
+        mergence.apply(
+            vit, "mergence", schedule=[36, 20, 20, 20, 20, 20], size_attention=size_attention
+        )
+        vit(x)
+    equal = [torch.equal(leaving[i], leaving[n + i]) for i in range(n)]
+    assert equal == [True, True, False, False, False, False]
+
+
+def test_a_description_prints_and_is_json(vit: nn.Module) -> None:
+    description = mergence.describe(mergence.apply(vit, "evit", keep_rate=0.7))
+    text, data = str(description), json.loads(json.dumps(description.to_dict()))
+    assert "36 → 36 26 26 19 14 14  (+ 1 prefix)" in text
+    assert f"{description.macs_ratio:.1%}" in text
+    assert data["counts"] == [36, 26, 26, 19, 14, 14]
+    assert data["macs_ratio"] == pytest.approx(data["gmacs"] / data["gmacs_dense"])
+    assert (data["model"], data["family"], data["prefix"]) == ("VisionTransformer", "timm", 1)
+
+
+def test_a_learned_module_follows_the_models_dtype_and_mode(vit: nn.Module) -> None:
+    mergence.apply(vit.to(torch.bfloat16).train(), "mstm", keep_rate=0.7, fusion=True)
+    learned = next(m for name, m in vit.named_modules() if name.endswith(".mergence"))
+    assert {p.dtype for p in learned.parameters()} == {torch.bfloat16}
+    assert learned.training

@@ -1,0 +1,128 @@
+"""MACs: against published numbers, and against a counter that watches the model run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import mergence
+from mergence import family
+from mergence.macs import count
+from mergence.method import names
+
+TINY = {
+    f"{f.name}-{kind}": build
+    for f in family.registry().values()
+    for kind, build in f.tiny().items()
+}
+
+
+@pytest.fixture(scope="module")
+def deit_small() -> nn.Module:
+    """One for all tests of this file: applying replaces."""
+    with torch.device("meta"):
+        return timm.create_model("deit_small_patch16_224")
+
+
+def gmacs_of_the_model_alone(model: nn.Module) -> float:
+    """As papers count: what choosing and merging cost is left out."""
+    found = mergence.describe(model)
+    cost = family.find(model).inspect(model).cost
+    return count(cost, found.patches, found.counts).total / 1e9
+
+
+@pytest.mark.parametrize(
+    ("method", "how", "tokens", "gmacs", "digits"),
+    [
+        ("tome", {"r": 0}, 197, 4.6, 1),
+        ("tome", {"r": 13}, 41, 2.70, 2),
+        ("tome", {"r": 16}, 11, 2.29, 2),
+        ("tome", {"r": 8}, 101, 3.42, 2),
+        ("tome", {"r": 11}, 65, 2.99, 2),
+        ("evit", {"keep_rate": 0.9}, 145, 4.0, 1),
+        ("evit", {"keep_rate": 0.7}, 69, 3.0, 1),
+        ("evit", {"keep_rate": 0.5}, 26, 2.3, 1),
+    ],
+)
+def test_deit_small_costs_what_papers_print(
+    deit_small: nn.Module, method: str, how: Any, tokens: int, gmacs: float, digits: int
+) -> None:
+    mergence.apply(deit_small, method, **how)
+    assert mergence.describe(deit_small).counts[-1] + 1 == tokens
+    assert round(gmacs_of_the_model_alone(deit_small), digits) == gmacs
+
+
+def test_dense_deit_small_costs_4_6_gmacs(deit_small: nn.Module) -> None:
+    found = mergence.describe(mergence.apply(deit_small, macs=1.0))
+    assert found.dense.total / 1e9 == pytest.approx(4.60, abs=0.01)
+    assert found.dense == found.reduced
+
+
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("method", names())
+def test_a_budget_is_kept_and_missed_by_less_than_one_token_a_block(
+    deit_small: nn.Module, method: str, align: int
+) -> None:
+    for macs in (0.5, 0.67, 0.9):
+        found = mergence.describe(mergence.apply(deit_small, method, macs=macs, align=align))
+        assert found.macs_ratio <= macs
+        # One token more (or one step of the alignment) at every place where it reduces.
+        assert found.macs_ratio > macs - align * 0.005
+        assert all((n + 1) % align == 0 for n in found.counts if n < 196)
+
+
+def test_every_part_of_reducing_is_counted(deit_small: nn.Module) -> None:
+    found = mergence.describe(mergence.apply(deit_small, "mstm", keep_rate=0.7, fusion=True))
+    cost, parts = family.find(deit_small).inspect(deit_small).cost, found.reduced
+    before, after = (196, 138, 97), (138, 97, 68)
+    assert found.counts[2::3] == (196, 138, 97, 68)
+    assert parts.importance == sum(n + 1 for n in before) * 384
+    assert parts.planning == sum((n - k) * k for n, k in zip(before, after, strict=True)) * 384
+    assert parts.merging == sum(before) * 384
+    assert parts.learned > 0
+    alone = count(cost, 196, found.counts).total
+    assert parts.total == (
+        alone + parts.importance + parts.planning + parts.merging + parts.learned
+    )
+
+
+def watched_macs(model: nn.Module) -> int:
+    """Multiply-adds of one image as torch's counter sees them."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # the counter knows no formula for the CPU's fused kernel
+    model.requires_grad_(False)  # the counter trips over parameters that are a module's input
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, 3, 96, 96))
+    flops: int = counter.get_total_flops()
+    return flops // 2
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_the_dense_count_is_what_a_counter_sees(kind: str) -> None:
+    model = TINY[kind]()
+    seen = watched_macs(model)
+    assert mergence.describe(mergence.apply(model, macs=1.0)).dense.total == seen
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_the_reduced_count_is_what_a_counter_sees(kind: str) -> None:
+    # random plans without multiplying, so that what is left is the model and the merge.
+    model = mergence.apply(TINY[kind](), "random", keep_rate=0.7)
+    seen, found = watched_macs(model), mergence.describe(model)
+    dim = family.find(model).inspect(model).cost.dim
+    before = (found.patches, *found.counts[:-1])
+    steps = [(n, k) for n, k in zip(before, found.counts, strict=True) if k < n]
+    assert len(steps) == 3
+    # The merge is counted as one multiply-add per token and channel and carried out as a product
+    # with a padded one-hot matrix, sizes included.
+    padded = sum(n * k * (dim + 1) for n, k in steps)
+    # A mean by size multiplies where the library's only adds, which is left out on both sides.
+    pooled = found.counts[-1] * dim if getattr(model, "global_pool", "") == "avg" else 0
+    assert found.reduced.merging == sum(n for n, _ in steps) * dim
+    assert found.reduced.total - found.reduced.merging == seen - padded - pooled

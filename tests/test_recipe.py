@@ -1,0 +1,137 @@
+"""Recipes: JSON in and out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import mergence
+from mergence import family
+from mergence.errors import MergenceError, OptionError, RecipeError
+from mergence.method import build
+from mergence.recipe import Recipe, make
+from mergence.schedule import Constant, Counts, KeepRate, Macs
+
+RECIPE = Recipe(
+    build("mergence", {"alpha": 0.5}),
+    Macs(macs=0.67, shape=KeepRate(blocks=(4, 7))),
+    align=8,
+    notes={"measured": {"top1": 81.4}},
+)
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    return family.registry()["timm"].tiny()["vit"]()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPE,
+        make("tome", r=1.5),
+        make("evit", keep_rate=0.7),
+        make("mstm", schedule=[36, 30, 20, 10, 10, 10], fusion=True),
+        make(macs=0.67),
+    ],
+    ids=lambda recipe: recipe.method.name,
+)
+def test_a_recipe_survives_a_file(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.save(tmp_path / "recipe.json")
+    assert Recipe.load(tmp_path / "recipe.json") == recipe
+
+
+def test_what_was_applied_can_be_saved_and_applied_from_the_file(
+    vit: nn.Module, tmp_path: Path
+) -> None:
+    mergence.apply(vit, "tome", macs=0.8, align=4)
+    before, file = mergence.describe(vit), tmp_path / "tome.json"
+    mergence.recipe_of(vit).save(file)
+    for path in (file, str(file)):
+        mergence.apply(vit, "topk", r=1)
+        mergence.apply(vit, path)
+        assert mergence.describe(vit) == before
+
+
+def test_align_given_beside_a_recipe_replaces_its_own() -> None:
+    assert make(RECIPE, align=4).align == 4
+    assert make(RECIPE) == RECIPE
+
+
+@pytest.mark.parametrize(
+    ("named", "schedule"),
+    [
+        ({"macs": 0.5}, Macs(macs=0.5, shape=Constant())),
+        ({"keep_rate": 0.5}, KeepRate(keep_rate=0.5)),
+        ({"r": 3}, Constant(r=3)),
+        ({"schedule": [4, 3]}, Counts(after=(4, 3))),
+        ({"schedule": (4, 3)}, Counts(after=(4, 3))),
+        ({"schedule": Constant(r=2, first=3)}, Constant(r=2, first=3)),
+    ],
+    ids=str,
+)
+def test_each_way_to_say_how_much_makes_its_schedule(named: Any, schedule: Any) -> None:
+    assert make("tome", **named).schedule == schedule
+
+
+def test_unknown_keys_are_warned_about_and_ignored() -> None:
+    data = RECIPE.to_dict() | {"colour": "red", "written_by": "mergence 9"}
+    with pytest.warns(UserWarning, match="written by mergence 9.*ignored: colour"):
+        assert Recipe.from_dict(data) == RECIPE
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    data = RECIPE.to_dict()
+    return {key: changes.get(key, value) for key, value in data.items()}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (changed(mergence_recipe=2), "format 2 .*reads formats up to 1. Upgrade"),
+        (changed(mergence_recipe="new"), "format"),
+        (changed(method={"method": "tome", "version": 99}), "version 99.*Upgrade"),
+        (changed(method={"method": "tome", "version": "x"}), "version"),
+        (changed(method={"name": "tome"}), "method"),
+        (changed(method={"method": "tme"}), "no method 'tme'.*Did you mean 'tome'"),
+        (changed(method={"method": "tome", "power": 2}), "no option 'power'"),
+        (changed(method={"method": "mergence", "alpha": "a"}), "alpha is 'a'"),
+        (changed(method="tome"), "no mergence recipe"),
+        (changed(schedule={"kind": "spiral"}), "kind 'spiral'"),
+        (changed(schedule=[1, 2]), "schedule"),
+        (changed(align="8"), "align is '8'"),
+        (changed(align=0), "align is 0"),
+        ({}, "no mergence recipe.*Found: nothing"),
+        ({"epochs": 3}, "no mergence recipe.*Found: epochs"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_damaged_recipe_is_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(MergenceError, match=message):
+        Recipe.from_dict(json.loads(json.dumps(data)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"mergence_recipe": 1,', "is not valid JSON"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"[1, 2]", "holds a list, not an object"),
+        (b"", "is not valid JSON"),
+    ],
+)
+def test_a_damaged_file_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "broken.json"
+    file.write_bytes(content)
+    with pytest.raises(RecipeError, match=rf"broken\.json' {message}"):
+        Recipe.load(file)
+
+
+def test_a_recipe_file_takes_no_options_beside_it(tmp_path: Path) -> None:
+    RECIPE.save(tmp_path / "a.json")
+    with pytest.raises(OptionError, match="already says everything; alpha"):
+        make(tmp_path / "a.json", alpha=0.1)

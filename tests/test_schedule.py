@@ -1,0 +1,176 @@
+"""Schedules: counts per block, alignment, fitting to a share of the MACs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergence import schedule as schedules
+from mergence.errors import RecipeError, ScheduleError
+from mergence.schedule import Constant, Counts, KeepRate, Macs, Schedule, Setting
+
+
+def setting(
+    tokens: int = 196,
+    depth: int = 12,
+    *,
+    prefix: int = 1,
+    align: int = 1,
+    fewest: Callable[[int], int] = lambda tokens: 1,
+) -> Setting:
+    # The share of tokens that the MLPs see: simple, and as monotonous as MACs.
+    def share(counts: tuple[int, ...]) -> float:
+        return sum(counts) / (tokens * depth)
+
+    return Setting(
+        tokens=tokens, depth=depth, prefix=prefix, align=align, fewest=fewest, share=share
+    )
+
+
+SHAPES: list[Schedule] = [
+    kind()  # type: ignore[operator]
+    for kind in schedules._KINDS.values()
+    if kind not in (Counts, Macs)
+]
+
+
+def test_keep_rate_reduces_at_the_quarters_and_rounds_up() -> None:
+    counts = KeepRate(keep_rate=0.7).counts(setting())
+    assert counts == (196,) * 3 + (138,) * 3 + (97,) * 3 + (68,) * 3
+
+
+def test_keep_rate_does_not_round_up_what_only_floats_make_a_fraction() -> None:
+    assert KeepRate(keep_rate=0.7, blocks=(1,)).counts(setting(10, 1)) == (7,)
+
+
+def test_keep_rate_reduces_where_it_is_told() -> None:
+    counts = KeepRate(keep_rate=0.5, blocks=(2, 5)).counts(setting(100, 6))
+    assert counts == (100, 50, 50, 50, 25, 25)
+
+
+def test_constant_removes_the_same_number_after_each_block() -> None:
+    assert Constant(r=3).counts(setting(20, 4)) == (17, 14, 11, 8)
+    assert Constant(r=3, first=3).counts(setting(20, 4)) == (20, 20, 17, 14)
+
+
+def test_a_fraction_of_a_token_is_honoured_on_average() -> None:
+    counts = Constant(r=1.25).counts(setting(20, 8))
+    assert counts[-1] == 20 - 10
+    assert all(
+        before - after in (1, 2) for before, after in zip((20, *counts), counts, strict=False)
+    )
+
+
+def test_constant_removes_as_many_as_the_method_can() -> None:
+    half = setting(20, 4, fewest=lambda tokens: tokens - tokens // 2)
+    assert Constant(r=8).counts(half) == (12, 6, 3, 2)
+    assert Constant(r=99).counts(setting(20, 3)) == (1, 1, 1)
+
+
+def test_counts_are_taken_as_they_are_or_scaled_to_another_resolution() -> None:
+    assert Counts(after=(196, 100, 49)).counts(setting(400, 3)) == (196, 100, 49)
+    scaled = Counts(after=(196, 98, 49, 1), of=196)
+    assert scaled.counts(setting(196, 4)) == (196, 98, 49, 1)
+    assert scaled.counts(setting(784, 4)) == (784, 392, 196, 4)
+    assert scaled.counts(setting(49, 4)) == (49, 24, 12, 1)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("align", [4, 8, 16])
+@given(rate=st.floats(0.05, 1))
+def test_aligned_counts_are_multiples_with_the_prefix(align: int, prefix: int, rate: float) -> None:
+    plain = KeepRate(keep_rate=rate).counts(setting(prefix=prefix))
+    counts = KeepRate(keep_rate=rate).counts(setting(prefix=prefix, align=align))
+    for count, wanted in zip(counts, plain, strict=True):
+        assert count == 196 or (count + prefix) % align == 0
+        assert abs(count - wanted) <= align / 2 or count == align - prefix
+        assert count >= 1
+
+
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.kind)
+@settings(max_examples=15)
+@given(macs=st.floats(0.35, 1))
+def test_a_budget_is_kept_and_used_up_to_one_step(shape: Any, align: int, macs: float) -> None:
+    where = setting(align=align)
+    found = Macs(macs=macs, shape=shape).raw(where)
+    assert where.share(found) <= macs
+    # Any gentler strength of the shape would break the budget.
+    strengths = [i / 200 for i in range(201)]
+    gentler = [
+        share
+        for s in strengths
+        if (
+            share := where.share(schedules.aligned(shape.with_strength(s, where).raw(where), where))
+        )
+        <= macs
+    ]
+    assert where.share(found) >= max(gentler)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.kind)
+def test_a_shape_goes_from_nothing_to_everything_and_never_back(shape: Any) -> None:
+    where = setting()
+    shares = [where.share(shape.with_strength(i / 50, where).raw(where)) for i in range(51)]
+    assert shares[0] == 1
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < 0.4
+
+
+@pytest.mark.parametrize("schedule", [Counts(after=(9, 9)), Macs(macs=0.5, shape=KeepRate())])
+def test_a_fixed_schedule_is_no_shape(schedule: Schedule) -> None:
+    with pytest.raises(ScheduleError, match=r"is fixed.*Give either macs or the schedule"):
+        Macs(macs=0.5, shape=schedule).counts(setting(depth=2))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        *SHAPES,
+        KeepRate(keep_rate=0.6, blocks=(2, 9)),
+        Constant(r=2.5, first=4),
+        Counts(after=(9, 8, 7), of=9),
+        Macs(macs=0.67, shape=KeepRate(blocks=(4,))),
+    ],
+    ids=str,
+)
+def test_a_schedule_survives_json(schedule: Schedule) -> None:
+    assert schedules.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "kind None; known kinds: keep_rate"),
+        ({"kind": "linear"}, "kind 'linear'; known kinds"),
+        ({"kind": "counts"}, "'counts' is not complete"),
+        ({"kind": "constant", "r": 2, "rr": 1}, "rr"),
+        ({"kind": "keep_rate", "keep_rate": "a"}, "keep_rate"),
+        ({"kind": "macs", "macs": 0.5, "shape": "steep"}, "shape"),
+        ({"kind": "counts", "after": [9, "b"]}, "after"),
+    ],
+    ids=str,
+)
+def test_a_damaged_schedule_is_a_recipe_error(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        schedules.from_dict(data)
+
+
+def test_no_blocks_named_is_not_the_default_blocks() -> None:
+    try:
+        counts = KeepRate(keep_rate=0.5, blocks=()).counts(setting())
+    except ScheduleError:
+        return  # refusing is as good as reducing nowhere
+    assert counts == (196,) * 12
+
+
+def test_the_message_of_a_step_too_far_names_the_block_and_the_limit() -> None:
+    half = replace(setting(20, 2), fewest=lambda tokens: tokens - tokens // 2)
+    with pytest.raises(ScheduleError, match=r"Block 2 would go from 16 to 7.*at least 8"):
+        Counts(after=(16, 7)).counts(half)

@@ -1,0 +1,73 @@
+"""The state of a forward: one a thread, reset at both ends, never copied."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from mergence.state import Carry, Run, attach, attached
+
+
+def test_a_run_is_reset_on_entry_and_on_exit() -> None:
+    run = Run()
+    run.carry = Carry(patches=4)
+    with run.forward((2, 2)):
+        assert run.active
+        assert run.carry is None
+        assert run.grid == (2, 2)
+        run.carry = Carry(patches=4)
+    assert (run.active, run.carry, run.grid) == (False, None, None)
+
+
+def test_a_run_is_reset_when_the_forward_raises() -> None:
+    run = Run()
+
+    def fail() -> None:
+        with run.forward((2, 2)):
+            run.carry = Carry(patches=4)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert (run.active, run.carry, run.grid) == (False, None, None)
+
+
+def test_inner_calls_join_the_outer_run() -> None:
+    run = Run()
+    with run.forward((2, 2)):
+        run.carry = carry = Carry(patches=4)
+        with run.forward((9, 9)):
+            assert run.carry is carry
+            assert run.grid == (2, 2)
+        assert run.active
+        assert run.carry is carry
+
+
+def test_each_thread_has_its_own_run() -> None:
+    run = Run()
+    with run.forward((2, 2)), ThreadPoolExecutor(1) as pool:
+        run.disabled = True
+        there = pool.submit(lambda: (run.active, run.grid, run.disabled)).result()
+    assert there == (False, None, False)
+
+
+def test_copies_and_pickles_of_a_run_are_empty() -> None:
+    run = Run()
+    with run.forward((2, 2)):
+        run.disabled = True
+        for twin in (copy.copy(run), copy.deepcopy(run), pickle.loads(pickle.dumps(run))):
+            assert twin is not run
+            assert (twin.active, twin.grid, twin.disabled) == (False, None, False)
+
+
+def test_a_tensor_remembers_its_carry_and_others_do_not() -> None:
+    x, carry = torch.zeros(1), Carry(patches=4)
+    attach(x, carry)
+    assert attached(x) is carry
+    assert attached(x.clone()) is None
+    attach(other := torch.zeros(1), None)
+    assert attached(other) is None

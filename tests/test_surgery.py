@@ -1,0 +1,83 @@
+"""Class swap and its undo, on modules of no library in particular."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import torch
+from torch import nn
+
+from mergence import surgery
+
+
+class Louder:
+    """A mixin; at module level so that it can be pickled by name."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        dense: Any = super()
+        y: torch.Tensor = dense.forward(x)
+        return y * self._mergence
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+
+X = torch.ones(1, 2)
+
+
+def test_a_swapped_module_is_the_same_object_of_a_class_of_the_same_name() -> None:
+    linear = model()[0]
+    surgery.swap(linear, Louder, 3)
+    assert isinstance(linear, nn.Linear)
+    assert type(linear) is not nn.Linear
+    assert type(linear).__qualname__ == "Linear"
+    assert surgery.original_class(linear) is nn.Linear
+    assert surgery.is_swapped(linear)
+    assert surgery.attachment(linear) == 3
+    assert torch.equal(linear(X), 3 * nn.functional.linear(X, linear.weight, linear.bias))
+
+
+def test_equal_swaps_share_one_class() -> None:
+    one, other = model()
+    surgery.swap(one, Louder, 1)
+    surgery.swap(other, Louder, 2)
+    assert type(one) is type(other)
+
+
+def test_restore_undoes_the_module_and_what_it_contains() -> None:
+    both = model()
+    before = [dict(m.__dict__) for m in both.modules()]
+    expected = both(X)
+    surgery.swap(both[1], Louder, 3, nn.Linear(1, 1))
+    surgery.swap(both, Louder, 5)
+    assert "1.mergence.weight" in both.state_dict()
+    surgery.restore(both)
+    assert [dict(m.__dict__) for m in both.modules()] == before
+    assert [type(m) for m in both.modules()] == [nn.Sequential, nn.Linear, nn.Linear]
+    assert torch.equal(both(X), expected)
+
+
+def test_a_bookmark_brings_back_what_was_swapped_with_the_same_learned_module() -> None:
+    both, learned = model(), nn.Linear(1, 1)
+    surgery.swap(both[1], Louder, 3, learned)
+    expected, back = both(X), surgery.bookmark(both)
+    surgery.restore(both)
+    surgery.swap(both[0], Louder, 7)
+    back()
+    assert torch.equal(both(X), expected)
+    assert surgery.learned_module(both[1]) is learned
+    assert not surgery.is_swapped(both[0])
+
+
+def test_swapped_modules_copy_and_pickle() -> None:
+    both = model()
+    surgery.swap(both[0], Louder, 3)
+    for twin in (copy.deepcopy(both), pickle.loads(pickle.dumps(both)), copy.copy(both)):
+        assert type(twin[0]) is type(both[0])
+        assert torch.equal(twin(X), both(X))
+    twin = copy.deepcopy(both)
+    surgery.restore(twin)
+    assert surgery.is_swapped(both[0])
