@@ -85,6 +85,7 @@ def test_evaluation_leaves_a_reduced_model_as_it_was(embedded: nn.Module) -> Non
         mergence.remove(embedded)
 
 
+@pytest.mark.slow
 def test_merging_keeps_the_answers_of_the_embedded_model_where_pruning_does_not() -> None:
     """A real model on real images, at half of the MACs."""
     loaded = demo.load()

@@ -30,6 +30,7 @@ def configure(folder: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+@pytest.mark.slow
 def test_the_demo_model_classifies_the_demo_images() -> None:
     demo = load_model("demo")
     assert (demo.mode, demo.input_size, demo.model.training) == ("L", (1, 28, 28), False)

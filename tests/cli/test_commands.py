@@ -14,6 +14,10 @@ from mergence.cli import app, main
 from mergence.recipe import make
 
 
+# "T-shirt/top" cannot be the name of a folder, so the folders are not called as the classes.
+pytestmark = pytest.mark.filterwarnings("ignore:The class folders of")
+
+
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
@@ -90,6 +94,7 @@ def test_list_shows_every_method_and_family(tmp_path: Path) -> None:
     assert "mergence" in result.output
 
 
+@pytest.mark.slow
 def test_demo_compares_and_draws(tmp_path: Path) -> None:
     picture, table = tmp_path / "demo.png", tmp_path / "demo.json"
     result = run("demo", "--limit", "10", "--out", picture, "--json", table)
