@@ -13,7 +13,6 @@ from mergence import demo
 from mergence.cli import app, main
 from mergence.recipe import make
 
-
 # "T-shirt/top" cannot be the name of a folder, so the folders are not called as the classes.
 pytestmark = pytest.mark.filterwarnings("ignore:The class folders of")
 
