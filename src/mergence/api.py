@@ -87,11 +87,10 @@ def apply(
     back = surgery.bookmark(model)
     try:
         surgery.restore(model)
-        if first is not None:
-            for index in range(first, len(spec.blocks)):
-                step = BlockStep(program, index)
-                module = learned if index == first else None
-                surgery.swap(spec.blocks[index], family.block_mixin, step, module)
+        # All blocks: at another image size another one may be the first that reduces.
+        for index, block in enumerate(spec.blocks):
+            module = learned if index == first else None
+            surgery.swap(block, family.block_mixin, BlockStep(program, index), module)
         surgery.swap(model, family.model_mixin, program)
     except BaseException:
         back()

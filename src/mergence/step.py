@@ -69,7 +69,8 @@ class Program:
                 share=lambda counts: self._macs_at(patches, counts).total / dense,
             )
             counts = self.schedule.counts(setting)
-            self._check_first(patches, counts)
+            if patches != self.patches:
+                self._check_learned(patches, counts)
             self._counts[patches] = counts
         return self._counts[patches]
 
@@ -85,23 +86,23 @@ class Program:
         reduction = ReductionCost("importance" in self.method.needs, plan, self.learned)
         return count(self.cost, patches, counts, reduction)
 
-    def _check_first(self, patches: int, counts: tuple[int, ...]) -> None:
-        """Blocks before the first reduction at the model's own size were left as they are."""
-        if patches == self.patches:
-            return
-        first = self.first_reduction()
-        early = next((i for i, n in enumerate(counts[:first]) if n < patches), None)
-        if early is not None:
+    def _check_learned(self, patches: int, counts: tuple[int, ...]) -> None:
+        """A learned module sits in one block and must meet the first reduction there."""
+        first, home = _first_reduction(patches, counts), self.first_reduction()
+        if self.learned is not None and first is not None and first != home:
             raise ScheduleError(
-                f"For images of {patches} patches the schedule reduces in block {early + 1}, where "
-                f"it reduces nothing at the model's own {self.patches} patches. Give a schedule "
-                "that scales: a share of the MACs, a keep rate, or Counts(after=..., of=...)."
+                f"For images of {patches} patches the first reduction is in block {first + 1}, and "
+                "the method's learned module was put elsewhere for the model's own "
+                f"{self.patches} patches. Give a schedule with fixed blocks, such as KeepRate."
             )
 
     def first_reduction(self) -> int | None:
         """Index of the first block that reduces at the model's own input size, or None."""
-        counts = self.counts()
-        return next((i for i, n in enumerate(counts) if n < self.patches), None)
+        return _first_reduction(self.patches, self.counts())
+
+
+def _first_reduction(patches: int, counts: tuple[int, ...]) -> int | None:
+    return next((i for i, n in enumerate(counts) if n < patches), None)
 
 
 @dataclass(frozen=True)
