@@ -82,7 +82,7 @@ def evaluation_table(evaluation: Evaluation) -> None:
         drop = None if row.top1 is None or dense.top1 is None else row.top1 - dense.top1
         table.add_row(
             row.name,
-            f"{row.gmacs:.3f}",
+            f"{row.gmacs:.2f}",
             f"{row.macs_ratio:.0%}",
             _number(row.top1),
             "" if row is dense else _number(drop, "+.2f"),
