@@ -35,7 +35,7 @@ define install
 	@printf '%s' "$(1)"; \
 	(while sleep 5 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do printf .; done) & \
 	dots=$$!; trap 'kill $$dots 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
-	$(PY) -m pip install --quiet --disable-pip-version-check $(2) || \
+	$(PY) -m pip install -qq --disable-pip-version-check $(2) || \
 	{ status=$$?; echo; echo "pip could not install this; see its message above. 'make' again goes on from here." >&2; exit $$status; }; \
 	echo " done"
 endef
