@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,12 @@ def test_other_channel_counts_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: model)
     with pytest.raises(UnsupportedModelError, match="images of 4 channels"):
         load_model(f"timm-random:{TINY}")
+
+
+def test_a_class_is_called_by_its_description_where_there_is_one() -> None:
+    loaded = load_model("demo")
+    assert loaded.label(1) == "Trouser"
+    loaded.model.pretrained_cfg["label_descriptions"] = {"Trouser": "trousers, pants"}
+    assert loaded.label(1) == "trousers"
+    assert loaded.label(2) == "Pullover"
+    assert replace(loaded, label_names=None).label(1) == "class 1"

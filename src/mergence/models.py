@@ -57,8 +57,12 @@ class LoadedModel:
         return (images * std + mean).clamp(0, 1)
 
     def label(self, index: int) -> str:
-        """The name of a class, or its number where classes have no names."""
-        return f"class {index}" if self.label_names is None else self.label_names[index]
+        """What a class is called by people: its short description, its name or its number."""
+        if self.label_names is None:
+            return f"class {index}"
+        name = self.label_names[index]
+        descriptions: Any = getattr(self.model, "pretrained_cfg", {}).get("label_descriptions")
+        return str((descriptions or {}).get(name, name)).partition(",")[0]
 
 
 def load_model(spec: str, *, checkpoint: str | Path | None = None) -> LoadedModel:
