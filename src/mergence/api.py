@@ -12,13 +12,13 @@ from torch import nn
 
 from mergence import family as families
 from mergence import surgery
-from mergence.errors import MergenceError, UnsupportedModelError
+from mergence.errors import UnsupportedModelError
 from mergence.family import ModelSpec
 from mergence.method import Method
 from mergence.recipe import Recipe, make
 from mergence.report import Description
 from mergence.schedule import Schedule
-from mergence.step import BlockStep, Program
+from mergence.step import BlockStep, Program, program_of
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -169,7 +169,7 @@ def recipe_of(model: nn.Module) -> Recipe:
     Raises:
         MergenceError: The model is not reduced.
     """
-    program = _program(model)
+    program = program_of(model)
     return Recipe(program.method, program.schedule, program.align)
 
 
@@ -179,7 +179,7 @@ def describe(model: nn.Module) -> Description:
     Raises:
         MergenceError: The model is not reduced.
     """
-    program = _program(model)
+    program = program_of(model)
     return Description(
         model=surgery.original_class(model).__name__,
         family=families.find(model).name,
@@ -191,16 +191,6 @@ def describe(model: nn.Module) -> Description:
         dense=program.macs(dense=True),
         reduced=program.macs(),
     )
-
-
-def _program(model: nn.Module) -> Program:
-    program = surgery.attachment(model)
-    if not isinstance(program, Program):
-        raise MergenceError(
-            f"This {type(model).__name__} is not reduced. "
-            "Call mergence.apply(model, macs=0.67) first."
-        )
-    return program
 
 
 def _check_type(model: object) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from mergence.api import apply, describe, remove
 from mergence.devices import synchronise, warn_of_slow_type
 from mergence.errors import OptionError
+from mergence.evaluation import DENSE
 from mergence.recipe import Recipe
 
-DENSE = "dense"
 MODES: dict[str, str | None] = {
     "eager": None,
     "compile": "default",

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from mergence import ops
-from mergence.errors import ReducedOutputError, ScheduleError
+from mergence import ops, surgery
+from mergence.errors import MergenceError, ReducedOutputError, ScheduleError
 from mergence.importance import attention_from
 from mergence.macs import Macs, ModelCost, ReductionCost, count
 from mergence.method import Method
@@ -105,6 +105,21 @@ def _first_reduction(patches: int, counts: tuple[int, ...]) -> int | None:
     return next((i for i, n in enumerate(counts) if n < patches), None)
 
 
+def program_of(model: nn.Module) -> Program:
+    """The program that is applied to a model.
+
+    Raises:
+        MergenceError: The model is not reduced.
+    """
+    program = surgery.attachment(model)
+    if not isinstance(program, Program):
+        raise MergenceError(
+            f"This {type(model).__name__} is not reduced. "
+            "Apply first: mergence.apply(model, macs=0.67)."
+        )
+    return program
+
+
 @dataclass(frozen=True)
 class BlockStep:
     """The part of a program that one block carries out.
@@ -124,16 +139,16 @@ class BlockStep:
             ReducedOutputError: The block was called by itself with tokens that cannot be placed.
         """
         run = self.program.run
-        known = run.carry if run.active else attached(x)
-        first = self.program.first_reduction()
+        known = run.known() if run.active else attached(x)
         if known is None:
-            if not run.active and first is not None and self.index > first:
+            first = self.program.first_reduction()
+            if first is not None and self.index > first:
                 raise ReducedOutputError(
                     f"Block {self.index + 1} of a reduced model was called by itself, and the "
                     "sizes of its tokens are not known. Call the model's forward or "
                     "forward_features, or use mergence.disabled(model) to run single blocks."
                 )
-            known = Carry(patches=x.shape[1] - self.program.prefix, grid=run.grid)
+            known = Carry(patches=x.shape[1] - self.program.prefix)
         if run.active and torch.is_grad_enabled():
             # Gradient checkpointing may call this block again when the run is long over.
             attach(x, known)
@@ -208,7 +223,7 @@ class BlockStep:
         after = replace(carry, size=merged_size, bias=bias)
         if observer is not None:
             after = replace(after, source=_follow(carry, plan.slot))
-            observer.reduced(self.index + 1, carry, after, plan, importance)
+            observer.reduced(self.index + 1, after, plan, importance)
         return torch.cat((front, merged), dim=1), after
 
 

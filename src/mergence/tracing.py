@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mergence import surgery
 from mergence.errors import MergenceError
 from mergence.plan import MergePlan
 from mergence.state import Carry
-from mergence.step import Program
+from mergence.step import program_of
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ class _Observer:
     grid: tuple[int, int] | None = None
     points: list[ReductionPoint] = field(default_factory=list)
 
-    def reduced(
-        self, block: int, before: Carry, after: Carry, plan: MergePlan, importance: Tensor
-    ) -> None:
+    def reduced(self, block: int, after: Carry, plan: MergePlan, importance: Tensor) -> None:
         if after.source is None or after.size is None:
             raise MergenceError("A reduction was observed without its books; this is a bug.")
         batch, tokens = plan.slot.shape
@@ -97,9 +94,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     Raises:
         MergenceError: The model is not reduced.
     """
-    program = surgery.attachment(model)
-    if not isinstance(program, Program):
-        raise MergenceError("The model is not reduced, so there is nothing to trace. Apply first.")
+    program = program_of(model)
     observer = program.run.observer = _Observer()
     try:
         output = model(images)

@@ -137,10 +137,10 @@ class ReducedModel:
         program: Program = self._mergence
         run = program.run
         kind = self.global_pool if pool_type is None else pool_type
-        carry = run.carry if run.active else attached(x)
+        carry = run.known() if run.active else attached(x)
         if run.disabled or not (self.attn_pool is not None or kind in ("avg", "avgmax")):
             carry = None
-        elif carry is None and not run.active and x.shape[1] != program.prefix + program.patches:
+        elif carry is None and x.shape[1] != program.prefix + program.patches:
             raise ReducedOutputError(
                 f"The head got {x.shape[1]} tokens whose sizes are not known, and it pools by "
                 "size. Pass it the very tensor that forward_features returned, or call the whole "
