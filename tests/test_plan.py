@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergence.errors import MergenceError
-from mergence.plan import DROPPED, Partition, compose, keep_highest, rows
+from mergence.plan import (
+    DROPPED,
+    Partition,
+    alternate,
+    best_pairs,
+    compose,
+    join,
+    keep_highest,
+    rows,
+)
 
 SCORES = st.sampled_from([0.0, 1.0, -1.0, 0.5, 2.5, math.nan, math.inf, -math.inf])
 
@@ -99,6 +108,42 @@ def test_merging_to_the_nearest_takes_the_highest_cosine(split: Partition, seed:
             cosines = [float(metric[b, token].double() @ metric[b, k].double()) for k in kept]
             # float32 against float64: any of those within rounding of the best may be chosen.
             assert cosines[int(slot[b, token])] >= max(cosines) - 1e-6
+
+
+def test_the_best_pairs_move_and_all_others_stay() -> None:
+    # Givers 4, 0, 3 and takers 2, 1 of six tokens; the best pairs: 4 -> 1 (7), 0 -> 2 (9), 3 -> 2.
+    attraction = torch.tensor([[[5.0, 7.0], [9.0, 8.0], [6.0, -1.0]]])
+    givers, takers = torch.tensor([[4, 0, 3]]), torch.tensor([[2, 1]])
+    moves = [
+        best_pairs(attraction, givers, takers, count=count, tokens=6).tolist()[0]
+        for count in range(4)
+    ]
+    assert moves == [
+        [0, 1, 2, 3, 4, 5],
+        [2, 1, 2, 3, 4, 5],
+        [2, 1, 2, 3, 1, 5],
+        [2, 1, 2, 2, 1, 5],
+    ]
+
+
+def test_a_pair_that_draws_nan_moves_last() -> None:
+    attraction = torch.tensor([[[math.nan], [-math.inf], [-1.0]]])
+    givers, takers = torch.tensor([[0, 1, 2]]), torch.tensor([[3]])
+    assert best_pairs(attraction, givers, takers, count=2, tokens=4).tolist() == [[0, 3, 3, 3]]
+
+
+def test_alternating_sets_are_the_odd_and_the_even_patches() -> None:
+    odd, even = alternate(torch.zeros(2, 5, 3))
+    assert odd.tolist() == [[1, 3]] * 2
+    assert even.tolist() == [[0, 2, 4]] * 2
+
+
+def test_joining_opens_slots_in_raster_order_and_follows_the_moves() -> None:
+    moves, weight = torch.tensor([[3, 1, DROPPED, 3, 1, 5]]), torch.rand(1, 6)
+    plan = join(moves, weight, 3)
+    assert plan.slot.tolist() == [[1, 0, DROPPED, 1, 0, 2]]
+    assert plan.weight is weight
+    assert plan.slots == 3
 
 
 def test_rows_picks_tokens() -> None:

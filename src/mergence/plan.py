@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mergence.errors import MergenceError
 
@@ -95,10 +96,13 @@ class Partition:
         """
         batch, slots = self.kept.shape
         own = torch.arange(slots, device=target.device).expand(batch, slots)
+        return MergePlan(self.in_place(own, target), weight, slots)
+
+    def in_place(self, kept: Tensor, removed: Tensor) -> Tensor:
+        """Put values of the kept and of the removed tokens where the tokens are, `[B, N]`."""
         order = torch.cat((self.kept, self.removed), dim=1)
         # The inverse permutation by argsort: a gather instead of a scatter, which exporters like.
-        slot = torch.cat((own, target), dim=1).gather(1, order.argsort(dim=1))
-        return MergePlan(slot, weight, slots)
+        return torch.cat((kept, removed), dim=1).gather(1, order.argsort(dim=1))
 
     def drop(self, weight: Tensor) -> MergePlan:
         """Make the plan in which removed tokens are dropped."""
@@ -126,6 +130,68 @@ def keep_highest(score: Tensor, slots: int) -> Partition:
     # One descending order gives both halves; each half is then put back into raster order.
     order = score.argsort(dim=1, descending=True)
     return Partition(order[:, :slots].sort(dim=1).values, order[:, slots:].sort(dim=1).values)
+
+
+def best_pairs(
+    attraction: Tensor, givers: Tensor, takers: Tensor, *, count: int, tokens: int
+) -> Tensor:
+    """Pair each giver with the taker that draws it most, and let the best pairs move together.
+
+    Args:
+        attraction: `[B, G, T]` of each giver to each taker. NaN draws least of all pairs.
+        givers: `[B, G]` positions of the tokens that may leave.
+        takers: `[B, T]` positions of the tokens that they may join.
+        count: How many givers leave, 0 to G.
+        tokens: N, how many tokens there are.
+
+    Returns:
+        The moves, `[B, N]`: the position that each token goes to, its own where it stays.
+    """
+    best, partner = attraction.max(dim=2)
+    leaving = torch.nan_to_num(best, nan=float("-inf")).topk(count, dim=1).indices
+    giver = givers.gather(1, leaving)
+    taker = takers.gather(1, partner.gather(1, leaving))
+    position = torch.arange(tokens, device=giver.device)
+    leaves = giver.unsqueeze(1) == position.unsqueeze(1)
+    return torch.where(leaves.any(dim=2), (leaves * taker.unsqueeze(1)).sum(dim=2), position)
+
+
+def alternate(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of the two alternating sets of ToMe (arXiv 2210.09461, section 3): givers, takers.
+
+    With one class token in front, the set that gives in the paper is the odd patches.
+
+    Args:
+        tokens: `[B, N, ...]`, of which only the shape is read.
+    """
+    position = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
+    return position[:, 1::2], position[:, 0::2]
+
+
+def most_similar_pairs(metric: Tensor, count: int) -> Tensor:
+    """The moves of ToMe: of two alternating sets, the most similar pairs move together.
+
+    Args:
+        metric: `[B, N, D]`; similarity is the cosine.
+        count: How many tokens leave, 0 to N // 2.
+    """
+    metric = F.normalize(metric.float(), dim=2)
+    givers, takers = alternate(metric)
+    similarity = metric[:, 1::2] @ metric[:, 0::2].transpose(1, 2)
+    return best_pairs(similarity, givers, takers, count=count, tokens=metric.shape[1])
+
+
+def join(moves: Tensor, weight: Tensor, slots: int) -> MergePlan:
+    """Make the plan in which tokens that stay open slots and the others follow their move.
+
+    Args:
+        moves: `[B, N]` the position that each token goes to, its own where it stays, -1 where it is
+            dropped. It goes to tokens that stay.
+        weight: `[B, N]` weight of each token.
+        slots: How many tokens stay.
+    """
+    stays = moves == torch.arange(moves.shape[1], device=moves.device)
+    return MergePlan(compose(moves, stays.cumsum(dim=1) - 1), weight, slots)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:

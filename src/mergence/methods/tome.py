@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch.nn import functional as F
-
 from mergence.method import Method, register
-from mergence.plan import MergePlan, Partition, TokenView
+from mergence.plan import MergePlan, TokenView, join, most_similar_pairs
 from mergence.schedule import Constant, Schedule
 
 
@@ -28,19 +25,8 @@ class ToMe(Method):
 
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
         """See `Method.plan`."""
-        metric = F.normalize(tokens.keys.float(), dim=2)
-        # With one class token in front the paper's set a, which gives, are the odd patches.
-        givers, takers = metric[:, 1::2], metric[:, 0::2]
-        best, partner = (givers @ takers.transpose(1, 2)).max(dim=2)
-        total = tokens.size.shape[1]
-        leaving = best.argsort(dim=1, descending=True)[:, : total - slots].sort(dim=1).values
-        removed = 2 * leaving + 1
-        position = torch.arange(total, device=removed.device)
-        gone = (removed.unsqueeze(1) == position.unsqueeze(1)).any(dim=2)
-        kept = gone.to(torch.uint8).argsort(dim=1, stable=True)[:, :slots]
-        rank = (~gone).cumsum(dim=1) - 1
-        target = rank.gather(1, 2 * partner.gather(1, leaving))
-        return Partition(kept, removed).plan(target, tokens.size)
+        moves = most_similar_pairs(tokens.keys, tokens.size.shape[1] - slots)
+        return join(moves, tokens.size, slots)
 
     def fewest_slots(self, tokens: int) -> int:
         """A pair needs one of each set, so at most half can leave."""
