@@ -36,6 +36,7 @@ def view() -> Callable[..., TokenView]:
         *,
         importance: Any = None,
         keys: Any = None,
+        received: Any = None,
         size: Any = None,
         block: int = 1,
     ) -> TokenView:
@@ -51,6 +52,7 @@ def view() -> Callable[..., TokenView]:
             depth=12,
             _importance=None if importance is None else batched(importance, 2),
             _keys=None if keys is None else batched(keys, 3),
+            _received=None if received is None else batched(received, 2),
         )
 
     return build

@@ -163,7 +163,7 @@ def test_composition_follows_each_patch(data: st.DataObject) -> None:
     assert compose(torch.tensor([first]), torch.tensor([second])).tolist() == [expected]
 
 
-@pytest.mark.parametrize("name", ["importance", "keys"])
+@pytest.mark.parametrize("name", ["importance", "keys", "received"])
 def test_reading_what_was_not_declared_names_the_remedy(name: str, view: Any) -> None:
     with pytest.raises(MergenceError, match=f'tokens.{name} without.*Add "{name}".*`needs`'):
         getattr(view(torch.zeros(1, 2, 2)), name)

@@ -1,19 +1,26 @@
-"""How much the model looks at each token, in O(N): one query row, never an N x N map."""
+"""How much the model looks at each token.
+
+Importance is O(N): one query row, never an N x N map. Attention received from all tokens needs the
+map, and is here for the one baseline that is defined by it.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def attention_from(query: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Attention that one query pays to every token, averaged over heads.
+def attention_from(
+    queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """Attention that queries pay to every token, averaged over heads and queries.
 
     With the class token's query this is exactly row 0 of the attention map (EViT, arXiv 2202.07800,
     section 3.1). Models without a class token use the mean query of all tokens instead, which is
     our substitute; no paper is followed there.
 
     Args:
-        query: `[B, H, 1, D]`.
+        queries: `[B, H, Q, D]`.
         keys: `[B, H, N, D]`.
         scale: Factor on the logits, usually `D ** -0.5`.
         bias: Size bias `[B, 1, 1, N]` that the block's own attention uses, or None.
@@ -21,7 +28,29 @@ def attention_from(query: Tensor, keys: Tensor, scale: float, bias: Tensor | Non
     Returns:
         `[B, N]` float32, each row sums to 1.
     """
-    logits = (query @ keys.transpose(-2, -1)).float() * scale
+    logits = (queries @ keys.transpose(-2, -1)).float() * scale
     if bias is not None:
         logits = logits + bias
-    return logits.softmax(dim=-1).mean(dim=1).squeeze(1)
+    return logits.softmax(dim=-1).mean(dim=(1, 2))
+
+
+def attention_received(
+    queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """Attention that every token receives from all tokens, averaged over heads.
+
+    This repeats the query-key product of the block's own attention, as fused kernels do not give
+    their map away. One head at a time, so that the memory is that of one N x N map per image.
+
+    Args:
+        queries: `[B, H, N, D]`.
+        keys: `[B, H, N, D]`.
+        scale: As in `attention_from`.
+        bias: As in `attention_from`.
+
+    Returns:
+        `[B, N]` float32, each row sums to 1.
+    """
+    heads = [slice(h, h + 1) for h in range(queries.shape[1])]
+    each = [attention_from(queries[:, h], keys[:, h], scale, bias) for h in heads]
+    return torch.stack(each).mean(dim=0)

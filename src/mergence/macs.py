@@ -76,12 +76,13 @@ class ReductionCost:
     """What a method costs at one reduction.
 
     Attributes:
-        importance: Whether the class row is computed.
+        needs: What the method reads: `importance` is one row of the attention map, `received` all
+            of it.
         plan: Multiply-adds of the rule, as a function of tokens and slots.
         learned: Multiply-adds of the learned module as a function of tokens, or None.
     """
 
-    importance: bool
+    needs: frozenset[str]
     plan: Callable[[int, int], int]
     learned: Callable[[int], int] | None = None
 
@@ -108,7 +109,8 @@ def count(
         attention += n * block.attention + 2 * n * n * block.width
         mlp += (after + model.prefix) * block.mlp
         if after < before and reduction is not None:
-            importance += reduction.importance * n * block.width
+            rows = ("importance" in reduction.needs) + n * ("received" in reduction.needs)
+            importance += rows * n * block.width
             planning += reduction.plan(before, after)
             merging += before * model.dim
             if before == tokens and reduction.learned is not None:

@@ -48,7 +48,7 @@ class Method(ABC):
     name: ClassVar[str]
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Which of `importance` and `keys` the rule reads."""
+    """Which of `importance`, `keys` and `received` the rule reads; see `TokenView`."""
     shape: ClassVar[Schedule]
     """The schedule of the method's own paper; its strength is solved for when MACs are given."""
 
@@ -71,7 +71,7 @@ class Method(ABC):
         return 1
 
     def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:
-        """Multiply-adds of the rule for one image, importance left out."""
+        """Multiply-adds of the rule for one image, without what it declares in `needs`."""
         return 0
 
     def learned(self, dim: int) -> Learned | None:

@@ -40,7 +40,7 @@ class MergePlan:
 class TokenView:
     """What a method may see of the tokens that it plans for, prefix tokens left out.
 
-    `importance` and `keys` are computed only for methods that list them in `needs`.
+    `importance`, `keys` and `received` are computed only for methods that list them in `needs`.
 
     Attributes:
         x: `[B, N, C]` the residual stream between attention and MLP.
@@ -55,6 +55,7 @@ class TokenView:
     depth: int
     _importance: Tensor | None = None
     _keys: Tensor | None = None
+    _received: Tensor | None = None
 
     @property
     def importance(self) -> Tensor:
@@ -65,6 +66,14 @@ class TokenView:
     def keys(self) -> Tensor:
         """`[B, N, D]` the block's attention keys, mean over heads."""
         return self._declared(self._keys, "keys")
+
+    @property
+    def received(self) -> Tensor:
+        """`[B, N]` float32, positive: attention of all tokens, mean over heads and queries.
+
+        The only score that costs an N x N map, the block's query-key product once more.
+        """
+        return self._declared(self._received, "received")
 
     def _declared(self, value: Tensor | None, name: str) -> Tensor:
         if value is None:

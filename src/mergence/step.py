@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mergence import ops, surgery
 from mergence.errors import MergenceError, ReducedOutputError, ScheduleError
-from mergence.importance import attention_from
+from mergence.importance import attention_from, attention_received
 from mergence.macs import Macs, ModelCost, ReductionCost, count
 from mergence.method import Method
 from mergence.plan import TokenView, compose
@@ -83,7 +83,7 @@ class Program:
         def plan(tokens: int, slots: int) -> int:
             return self.method.plan_macs(tokens, slots, self.cost.dim, self.cost.head_dim)
 
-        reduction = ReductionCost("importance" in self.method.needs, plan, self.learned)
+        reduction = ReductionCost(self.method.needs, plan, self.learned)
         return count(self.cost, patches, counts, reduction)
 
     def _check_learned(self, patches: int, counts: tuple[int, ...]) -> None:
@@ -210,13 +210,16 @@ class BlockStep:
             size = torch.ones(patches.shape[:2], device=x.device)
         # Autocast would turn the merge's output, and so the residual stream, to half precision.
         with torch.autocast(x.device.type, enabled=False):
-            importance = keys = None
+            importance = keys = received = None
             if "importance" in method.needs or observer is not None:
                 query = q[:, :, :1] if prefix else q.mean(dim=2, keepdim=True)
                 importance = attention_from(query, k, scale, carry.bias)[:, prefix:]
             if "keys" in method.needs:
                 keys = k[:, :, prefix:].mean(dim=1)
-            view = TokenView(patches, size, self.index + 1, self.program.depth, importance, keys)
+            if "received" in method.needs:
+                received = attention_received(q, k, scale, carry.bias)[:, prefix:]
+            block, depth = self.index + 1, self.program.depth
+            view = TokenView(patches, size, block, depth, importance, keys, received)
             plan = method.plan(view, slots)
             merged, merged_size = ops.merge(patches, size, plan)
             bias = _size_bias(merged_size, prefix, x.dtype) if method.size_attention else None

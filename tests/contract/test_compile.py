@@ -24,7 +24,12 @@ def _fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.parametrize("method", names())
 def test_planning_and_merging_compile_in_one_graph(method: str, view: Any) -> None:
-    tokens = view(torch.randn(2, 9, 4), importance=torch.rand(2, 9), keys=torch.randn(2, 9, 3))
+    tokens = view(
+        torch.randn(2, 9, 4),
+        importance=torch.rand(2, 9),
+        keys=torch.randn(2, 9, 3),
+        received=torch.rand(2, 9),
+    )
     rule = methods.build(method, {})
 
     def step(x: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ def views(draw: st.DrawFn) -> TokenView:
         depth=12,
         _importance=table(IMPORTANCE, batch, tokens),
         _keys=features(),
+        _received=table(IMPORTANCE, batch, tokens),
     )
 
 
@@ -86,7 +87,7 @@ def hostile(kind: str, tokens: int) -> TokenView:
         importance = torch.full_like(importance, math.nan)
     if kind == "tokens nan":
         x = torch.full_like(x, math.nan)
-    return TokenView(x, torch.ones(2, tokens), 1, 12, importance, x)
+    return TokenView(x, torch.ones(2, tokens), 1, 12, importance, x, importance)
 
 
 @pytest.mark.parametrize("kind", ["all equal", "all zero", "importance nan", "tokens nan"])
@@ -101,17 +102,16 @@ def test_hostile_tokens_still_get_a_complete_plan(name: str, kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", names())
 def test_plans_are_made_in_every_dtype(name: str, dtype: torch.dtype) -> None:
-    x = torch.randn(2, 9, 4).to(dtype)
-    check_plan(
-        methods.build(name, {}), TokenView(x, torch.ones(2, 9), 1, 12, torch.rand(2, 9), x), 6
-    )
+    x, score = torch.randn(2, 9, 4).to(dtype), torch.rand(2, 9)
+    tokens = TokenView(x, torch.ones(2, 9), 1, 12, score, x, score)
+    check_plan(methods.build(name, {}), tokens, 6)
 
 
 @pytest.mark.parametrize("name", names())
 def test_a_method_reads_only_what_it_declares(name: str) -> None:
     cls = registry()[name]
     x = torch.randn(1, 8, 4)
-    have = {"importance": torch.rand(1, 8), "keys": x}
+    have = {"importance": torch.rand(1, 8), "keys": x, "received": torch.rand(1, 8)}
     assert cls.needs <= have.keys()
     needed = {f"_{key}": have[key] for key in cls.needs}
     cls().plan(TokenView(x, torch.ones(1, 8), 1, 12, **needed), 5)
