@@ -29,11 +29,14 @@ class MergePlan:
             order: a slot's index grows with the position of the token that represents it.
         weight: `[B, N]`, positive. The share of each token in the mean of its slot, not normalised.
         slots: The number of slots. A plain number, so that shapes stay static.
+        keep_norm: Scale the mean of each slot to the largest norm among its tokens. A mean is
+            shorter than what it is made of; this undoes it.
     """
 
     slot: Tensor
     weight: Tensor
     slots: int
+    keep_norm: bool = False
 
 
 @dataclass(frozen=True)

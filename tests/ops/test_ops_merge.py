@@ -27,6 +27,7 @@ def naive(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
     total = torch.zeros(batch, plan.slots, dtype=torch.float64)
     merged = torch.zeros(batch, plan.slots, channels, dtype=torch.float64)
     merged_size = torch.zeros(batch, plan.slots)
+    longest = torch.zeros(batch, plan.slots, dtype=torch.float64)
     for b in range(batch):
         for n in range(tokens):
             slot = int(plan.slot[b, n])
@@ -34,9 +35,13 @@ def naive(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
                 total[b, slot] += plan.weight[b, n].double()
                 merged[b, slot] += plan.weight[b, n].double() * x[b, n].double()
                 merged_size[b, slot] += size[b, n]
+                if plan.weight[b, n] > 0:
+                    longest[b, slot] = max(longest[b, slot], x[b, n].double().norm())
         for slot in range(plan.slots):
             if total[b, slot] > 0:
                 merged[b, slot] /= total[b, slot]
+            if plan.keep_norm and merged[b, slot].any():
+                merged[b, slot] *= longest[b, slot] / merged[b, slot].norm()
     return merged, merged_size
 
 
@@ -49,12 +54,12 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, MergePlan]:
         rows = st.lists(elements, min_size=tokens, max_size=tokens)
         return torch.tensor(draw(st.lists(rows, min_size=batch, max_size=batch)))
 
-    weight = table(st.sampled_from([1.0, 2.0, 3.5, 1e-12, 1e-3, 196.0]))
+    weight = table(st.sampled_from([0.0, 1.0, 2.0, 3.5, 1e-12, 1e-3, 196.0]))
     size = table(st.integers(1, 50)).float()
     slot = table(st.integers(DROPPED, slots - 1))
     seed = draw(st.integers(0, 2**16))
     x = torch.randn(batch, tokens, channels, generator=torch.Generator().manual_seed(seed))
-    return x, size, MergePlan(slot, weight, slots)
+    return x, size, MergePlan(slot, weight, slots, keep_norm=draw(st.booleans()))
 
 
 @both
@@ -67,17 +72,20 @@ def test_the_merge_agrees_with_a_double_loop(
     expected, expected_size = naive(x, size, plan)
     assert merged.shape == expected.shape
     assert merged.dtype == x.dtype
-    # The mean of up to nine float32 numbers of size one.
-    torch.testing.assert_close(merged.double(), expected, rtol=1e-5, atol=2e-6)
+    # The mean of up to nine float32 numbers of size one. Where they nearly cancel, scaling the mean
+    # to the longest of them scales its rounding, too.
+    rtol, atol = (1e-4, 1e-4) if plan.keep_norm else (1e-5, 2e-6)
+    torch.testing.assert_close(merged.double(), expected, rtol=rtol, atol=atol)
     assert torch.equal(merged_size, expected_size)
 
 
+@pytest.mark.parametrize("keep_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_a_token_alone_in_its_slot_passes_unchanged(dtype: torch.dtype) -> None:
+def test_a_token_alone_in_its_slot_passes_unchanged(dtype: torch.dtype, keep_norm: bool) -> None:
     x = torch.randn(2, 6, 8).to(dtype)
     slot = torch.tensor([[0, 1, 2, 3, 3, -1], [0, 0, 0, 1, 2, 3]])
     weight = torch.tensor([0.3, 7.0, 1e-12, 1.0, 3.0, 1.0]).expand(2, 6)
-    merged, _ = merge(x, torch.ones(2, 6), MergePlan(slot, weight, 4))
+    merged, _ = merge(x, torch.ones(2, 6), MergePlan(slot, weight, 4, keep_norm))
     assert merged.dtype == dtype
     assert torch.equal(merged[0, :3], x[0, :3])
     assert torch.equal(merged[1, 1:], x[1, 3:])
@@ -113,12 +121,38 @@ def test_all_tokens_in_one_slot_make_the_weighted_mean(implementation: Merge) ->
     assert size.tolist() == [[7.0]]
 
 
+@both
+def test_keeping_the_norm_scales_the_mean_to_the_longest_token(implementation: Merge) -> None:
+    # Means (0, 3), (3, 4) / 2 and 0: length 3 -> 5, 2.5 -> 4, and nothing to scale.
+    x = torch.tensor([[[4.0, 3.0], [-4.0, 3.0], [3.0, 0.0], [0.0, 4.0], [1.0, 1.0], [-1.0, -1.0]]])
+    plan = MergePlan(torch.tensor([[0, 0, 1, 1, 2, 2]]), torch.ones(1, 6), 3, keep_norm=True)
+    merged, size = implementation(x, torch.ones(1, 6), plan)
+    expected = torch.tensor([[[0.0, 5.0], [2.4, 3.2], [0.0, 0.0]]])
+    torch.testing.assert_close(merged, expected)
+    assert size.tolist() == [[2.0, 2.0, 2.0]]
+
+
+@both
+def test_only_tokens_with_weight_set_the_norm(implementation: Merge) -> None:
+    x, slot = torch.tensor([[[3.0], [100.0], [1.0]]]), torch.zeros(1, 3, dtype=torch.long)
+    plan = MergePlan(slot, torch.tensor([[1.0, 0.0, 1.0]]), 1, keep_norm=True)
+    assert implementation(x, torch.ones(1, 3), plan)[0].item() == 3.0
+
+
 PLAN = MergePlan(torch.tensor([[0, 2, 0, 1, -1], [1, 1, 2, 0, 0]]), torch.rand(2, 5) + 0.5, 3)
 
 
 def test_gradients_reach_the_tokens() -> None:
     x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: merge(x, torch.ones(2, 5), PLAN)[0], x)
+
+
+def test_gradients_are_finite_where_there_is_no_norm_to_keep() -> None:
+    x = torch.tensor([[[1.0], [-1.0], [0.0], [0.0]]], requires_grad=True)
+    plan = MergePlan(torch.tensor([[0, 0, 1, 1]]), torch.ones(1, 4), 2, keep_norm=True)
+    merge(x, torch.ones(1, 4), plan)[0].sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
 
 
 def test_gradients_reach_the_weights() -> None:

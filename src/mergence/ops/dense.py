@@ -18,7 +18,9 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
 
     Returns:
         The weighted mean of each slot, `[B, slots, C]` in the type of `x`, and the sum of the sizes
-        in each slot, `[B, slots]` float32. A slot whose weights are all zero yields zeros.
+        in each slot, `[B, slots]` float32. A slot whose weights are all zero yields zeros. With
+        `plan.keep_norm` the mean is scaled to the largest norm of the slot's tokens of positive
+        weight.
     """
     index = torch.arange(plan.slots, device=x.device).unsqueeze(1)
     member = plan.slot.unsqueeze(1) == index
@@ -28,4 +30,13 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
     total = weight.sum(dim=2, keepdim=True)
     share = weight / torch.where(total > 0, total, 1.0)
     merged_size = (member.to(size.dtype) @ size.unsqueeze(2)).squeeze(2)
-    return share.to(x.dtype) @ x, merged_size
+    mean = share.to(x.dtype) @ x
+    if plan.keep_norm:
+        # Shared slots only, so that a token alone in its slot still passes unchanged.
+        counts = weight > 0
+        shared = counts.sum(dim=2) > 1
+        largest = torch.where(counts, x.float().norm(dim=2).unsqueeze(1), 0.0).amax(dim=2)
+        norm = mean.float().norm(dim=2)
+        scale = torch.where(shared & (norm > 0), largest / torch.where(norm > 0, norm, 1.0), 1.0)
+        mean = (mean * scale.unsqueeze(2)).to(x.dtype)
+    return mean, merged_size

@@ -21,4 +21,9 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
         1, slot.unsqueeze(2).expand_as(x), x.float() * weight.unsqueeze(2)
     )
     mean = weighted_sum / torch.where(total > 0, total, 1.0).unsqueeze(2)
+    if plan.keep_norm:
+        norm = torch.where(weight > 0, x.float().norm(dim=2), 0.0)
+        largest = torch.zeros_like(total).scatter_reduce(1, slot, norm, "amax").unsqueeze(2)
+        length = mean.norm(dim=2, keepdim=True)
+        mean = torch.where(length > 0, mean * largest / length, mean)
     return mean[:, :-1].to(x.dtype), merged_size[:, :-1]
