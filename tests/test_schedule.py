@@ -54,6 +54,17 @@ def test_keep_rate_reduces_where_it_is_told() -> None:
     assert counts == (100, 50, 50, 50, 25, 25)
 
 
+def test_keep_rate_reduces_every_so_many_blocks_at_any_depth() -> None:
+    assert KeepRate(keep_rate=0.9, every=1).counts(setting(100, 4)) == (90, 81, 73, 66)
+    assert KeepRate(keep_rate=0.5, every=2).counts(setting(100, 5)) == (100, 50, 50, 25, 25)
+
+
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"every": 1, "blocks": (4,)}], ids=str)
+def test_keep_rate_takes_either_blocks_or_a_distance(wrong: Any) -> None:
+    with pytest.raises(ScheduleError, match="give either blocks, or every"):
+        KeepRate(keep_rate=0.5, **wrong)
+
+
 def test_constant_removes_the_same_number_after_each_block() -> None:
     assert Constant(r=3).counts(setting(20, 4)) == (17, 14, 11, 8)
     assert Constant(r=3, first=3).counts(setting(20, 4)) == (20, 20, 17, 14)
@@ -134,6 +145,7 @@ def test_a_fixed_schedule_is_no_shape(schedule: Schedule) -> None:
     [
         *SHAPES,
         KeepRate(keep_rate=0.6, blocks=(2, 9)),
+        KeepRate(keep_rate=0.9, every=1),
         Constant(r=2.5, first=4),
         Counts(after=(9, 8, 7), of=9),
         Macs(macs=0.67, shape=KeepRate(blocks=(4,))),

@@ -84,22 +84,32 @@ class KeepRate(Schedule):
         keep_rate: The share kept at each of the blocks, above 0 and at most 1.
         blocks: Blocks counted from 1. None means after each quarter of the depth, which is blocks
             4, 7 and 10 of 12, as in the paper.
+        every: Blocks from one reduction to the next, in place of `blocks`; 1 is every block, at
+            whatever depth.
     """
 
     kind: ClassVar[str] = "keep_rate"
 
     keep_rate: float = 1.0
     blocks: tuple[int, ...] | None = None
+    every: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.keep_rate <= 1:
             raise ScheduleError(
                 f"keep_rate is {self.keep_rate}; give a number above 0 and at most 1."
             )
+        if self.every is not None and (self.every < 1 or self.blocks is not None):
+            raise ScheduleError(
+                f"KeepRate(blocks={self.blocks}, every={self.every}): give either blocks, or every "
+                "as 1 or more blocks."
+            )
 
     def raw(self, setting: Setting) -> tuple[int, ...]:
         chosen = self.blocks
-        if chosen is None:
+        if self.every is not None:
+            chosen = tuple(range(self.every, setting.depth + 1, self.every))
+        elif chosen is None:
             chosen = tuple(setting.depth * quarter // 4 + 1 for quarter in (1, 2, 3))
         _check_blocks(chosen, setting.depth)
         left, counts = setting.tokens, []
