@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,3 +27,13 @@ def plan_of(view: Any) -> Callable[..., MergePlan]:
         return build(method, options or {}).plan(view(x, **named), slots)
 
     return plan
+
+
+@pytest.fixture(scope="session")
+def at() -> Callable[..., list[tuple[float, float]]]:
+    """Vectors of length one at angles in degrees."""
+
+    def vectors(*degrees: float) -> list[tuple[float, float]]:
+        return [(math.cos(math.radians(d)), math.sin(math.radians(d))) for d in degrees]
+
+    return vectors
