@@ -30,10 +30,13 @@ TINY = {
 KEEP_RATE = 0.7  # three reductions, each small enough for every method
 
 
-# A cut through the product: every method meets the first model, every model meets one method.
-CUT = [(kind, names()[i % len(names())]) for i, kind in enumerate(TINY)] + [
-    (next(iter(TINY)), method) for method in names()[1:]
+# A cut through the product: in pairs every model meets a method and every method a model, and
+# every method meets the first model.
+KINDS = list(TINY)
+PAIRS = [
+    (KINDS[i % len(KINDS)], names()[i % len(names())]) for i in range(max(len(KINDS), len(names())))
 ]
+CUT = [*PAIRS, *((KINDS[0], method) for method in names())]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,7 +82,7 @@ def reduced(dense: nn.Module, method: str) -> nn.Module:
     return mergence.apply(dense, method, keep_rate=KEEP_RATE)
 
 
-@pytest.fixture(params=CUT[: len(TINY)], ids="-".join)
+@pytest.fixture(params=PAIRS, ids="-".join)
 def short_reduced(request: pytest.FixtureRequest, shorten: Any) -> nn.Module:
     """Each kind of model with one of the methods, and all methods among them, two blocks deep."""
     kind, method = request.param
