@@ -68,6 +68,18 @@ def test_size_attention_changes_what_follows_a_merge_and_nothing_before(vit: nn.
     assert equal == [True, True, False, False, False, False]
 
 
+def test_size_attention_is_a_factor_and_true_is_one(vit: nn.Module) -> None:
+    x, schedule = torch.randn(1, 3, 96, 96), [36, 20, 20, 20, 20, 20]
+    outputs = []
+    for size_attention in (0.0, 0.5, 1.0, True):
+        mergence.apply(vit, schedule=schedule, size_attention=size_attention)
+        outputs.append(vit(x))
+    assert torch.equal(outputs[2], outputs[3])
+    distance = [float((y - outputs[2]).norm().detach()) for y in outputs]
+    assert distance[0] > distance[1] > 0
+    assert mergence.recipe_of(vit).method == build("mergence", {})
+
+
 def test_a_description_prints_and_is_json(vit: nn.Module) -> None:
     description = mergence.describe(mergence.apply(vit, "evit", keep_rate=0.7))
     text, data = str(description), json.loads(json.dumps(description.to_dict()))

@@ -18,6 +18,7 @@ from mergence.plan import (
     alternate,
     best_pairs,
     compose,
+    highest,
     join,
     keep_highest,
     rows,
@@ -167,3 +168,16 @@ def test_composition_follows_each_patch(data: st.DataObject) -> None:
 def test_reading_what_was_not_declared_names_the_remedy(name: str, view: Any) -> None:
     with pytest.raises(MergenceError, match=f'tokens.{name} without.*Add "{name}".*`needs`'):
         getattr(view(torch.zeros(1, 2, 2)), name)
+
+
+@given(st.lists(st.floats(-5, 5, width=32) | st.just(float("nan")), min_size=2, max_size=12), st.data())
+def test_highest_marks_exactly_so_many_and_none_below_another(
+    scores: list[float], data: st.DataObject
+) -> None:
+    slots = data.draw(st.integers(1, len(scores)))
+    marked = highest(torch.tensor([scores]), slots)[0].tolist()
+    assert sum(marked) == slots
+    ranked = [-math.inf if math.isnan(score) else score for score in scores]
+    chosen = [score for score, mark in zip(ranked, marked, strict=True) if mark]
+    others = [score for score, mark in zip(ranked, marked, strict=True) if not mark]
+    assert not others or min(chosen) >= max(others)

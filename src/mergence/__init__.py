@@ -14,6 +14,7 @@ from mergence._version import __version__ as __version__
 if TYPE_CHECKING:
     from mergence.api import applied, apply, describe, disabled, recipe_of, remove
     from mergence.benchmark import bench
+    from mergence.calibration import calibrate
     from mergence.errors import MergenceError
     from mergence.evaluation import evaluate
     from mergence.method import Method, register
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOME = {
     "api": ("apply", "applied", "describe", "disabled", "recipe_of", "remove"),
     "benchmark": ("bench",),
+    "calibration": ("calibrate",),
     "errors": ("MergenceError",),
     "evaluation": ("evaluate",),
     "method": ("Method", "register"),
@@ -49,6 +51,7 @@ __all__ = [
     "applied",
     "apply",
     "bench",
+    "calibrate",
     "describe",
     "disabled",
     "evaluate",

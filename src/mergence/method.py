@@ -40,9 +40,10 @@ class Method(ABC):
     method, `plan`. Its fields are its options; they validate themselves in `__post_init__`.
 
     Attributes:
-        size_attention: Add log(size) to the attention logits from the first reduction on, so that a
-            merged token draws the attention of all the patches that it stands for (ToMe,
-            arXiv 2210.09461, section 3.3, there called proportional attention).
+        size_attention: Factor on log(size), which is added to the attention logits from the first
+            reduction on, so that a merged token draws the attention of all the patches that it
+            stands for (ToMe, arXiv 2210.09461, section 3.3, there called proportional attention).
+            1 or True as in the paper, 0 or False for none; strong reductions gain from less than 1.
     """
 
     name: ClassVar[str]
@@ -52,10 +53,15 @@ class Method(ABC):
     shape: ClassVar[Schedule]
     """The schedule of the method's own paper; its strength is solved for when MACs are given."""
 
-    size_attention: bool = True
+    tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {"size_attention": (0.7, 0.85, 1.0)}
+    """Values of options that calibration tries beside those given."""
+
+    size_attention: float = 1.0
 
     def __post_init__(self) -> None:
-        check_flag(self, "size_attention")
+        if isinstance(self.size_attention, bool):
+            object.__setattr__(self, "size_attention", float(self.size_attention))
+        check_range(self, "size_attention", 0, 2)
 
     @abstractmethod
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:

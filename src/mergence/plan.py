@@ -144,6 +144,18 @@ def keep_highest(score: Tensor, slots: int) -> Partition:
     return Partition(order[:, :slots].sort(dim=1).values, order[:, slots:].sort(dim=1).values)
 
 
+def highest(score: Tensor, slots: int) -> Tensor:
+    """Mark the `slots` tokens of the highest score, `[B, N]` bool.
+
+    Args:
+        score: `[B, N]`. NaN counts as the lowest; among equals any may be marked.
+        slots: How many, 1 to N.
+    """
+    chosen = torch.nan_to_num(score, nan=float("-inf")).topk(slots, dim=1).indices
+    position = torch.arange(score.shape[1], device=score.device)
+    return (chosen.unsqueeze(2) == position).any(dim=1)
+
+
 def best_pairs(
     attraction: Tensor, givers: Tensor, takers: Tensor, *, count: int, tokens: int
 ) -> Tensor:
@@ -193,7 +205,7 @@ def most_similar_pairs(metric: Tensor, count: int) -> Tensor:
     return best_pairs(similarity, givers, takers, count=count, tokens=metric.shape[1])
 
 
-def join(moves: Tensor, weight: Tensor, slots: int) -> MergePlan:
+def join(moves: Tensor, weight: Tensor, slots: int, *, keep_norm: bool = False) -> MergePlan:
     """Make the plan in which tokens that stay open slots and the others follow their move.
 
     Args:
@@ -201,9 +213,10 @@ def join(moves: Tensor, weight: Tensor, slots: int) -> MergePlan:
             dropped. It goes to tokens that stay.
         weight: `[B, N]` weight of each token.
         slots: How many tokens stay.
+        keep_norm: See `MergePlan`.
     """
     stays = moves == torch.arange(moves.shape[1], device=moves.device)
-    return MergePlan(compose(moves, stays.cumsum(dim=1) - 1), weight, slots)
+    return MergePlan(compose(moves, stays.cumsum(dim=1) - 1), weight, slots, keep_norm)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:

@@ -59,20 +59,32 @@ class Program:
         """
         patches = self.patches if patches is None else patches
         if patches not in self._counts:
-            dense = self.macs(patches, dense=True).total
-            setting = Setting(
-                tokens=patches,
-                depth=self.depth,
-                prefix=self.prefix,
-                align=self.align,
-                fewest=self.method.fewest_slots,
-                share=lambda counts: self._macs_at(patches, counts).total / dense,
-            )
-            counts = self.schedule.counts(setting)
+            counts = self.schedule.counts(self.setting(patches))
             if patches != self.patches:
                 self._check_learned(patches, counts)
             self._counts[patches] = counts
         return self._counts[patches]
+
+    def setting(self, patches: int) -> Setting:
+        """What schedules are resolved for, for images of so many patches."""
+        dense = self.macs(patches, dense=True).total
+        return Setting(
+            tokens=patches,
+            depth=self.depth,
+            prefix=self.prefix,
+            align=self.align,
+            fewest=self.method.fewest_slots,
+            share=lambda counts: self._macs_at(patches, counts).total / dense,
+        )
+
+    @property
+    def reduction(self) -> ReductionCost:
+        """What each reduction costs."""
+
+        def plan(tokens: int, slots: int) -> int:
+            return self.method.plan_macs(tokens, slots, self.cost.dim, self.cost.head_dim)
+
+        return ReductionCost(self.method.needs, plan, self.learned)
 
     def macs(self, patches: int | None = None, *, dense: bool = False) -> Macs:
         """MACs of one image, of the reduced or of the dense model."""
@@ -80,11 +92,7 @@ class Program:
         return count(self.cost, patches) if dense else self._macs_at(patches, self.counts(patches))
 
     def _macs_at(self, patches: int, counts: tuple[int, ...]) -> Macs:
-        def plan(tokens: int, slots: int) -> int:
-            return self.method.plan_macs(tokens, slots, self.cost.dim, self.cost.head_dim)
-
-        reduction = ReductionCost(self.method.needs, plan, self.learned)
-        return count(self.cost, patches, counts, reduction)
+        return count(self.cost, patches, counts, self.reduction)
 
     def _check_learned(self, patches: int, counts: tuple[int, ...]) -> None:
         """A learned module sits in one block and must meet the first reduction there."""
@@ -222,7 +230,9 @@ class BlockStep:
             view = TokenView(patches, size, block, depth, importance, keys, received)
             plan = method.plan(view, slots)
             merged, merged_size = ops.merge(patches, size, plan)
-            bias = _size_bias(merged_size, prefix, x.dtype) if method.size_attention else None
+            bias = None
+            if method.size_attention:
+                bias = _size_bias(merged_size, prefix, x.dtype, method.size_attention)
         after = replace(carry, size=merged_size, bias=bias)
         if observer is not None:
             after = replace(after, source=_follow(carry, plan.slot))
@@ -230,8 +240,8 @@ class BlockStep:
         return torch.cat((front, merged), dim=1), after
 
 
-def _size_bias(size: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
-    bias = nn.functional.pad(size.log(), (prefix, 0))
+def _size_bias(size: Tensor, prefix: int, dtype: torch.dtype, factor: float) -> Tensor:
+    bias = nn.functional.pad(factor * size.log(), (prefix, 0))
     return bias.to(dtype)[:, None, None, :]
 
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from mergence import demo
 from mergence.cli import app, main
+from mergence.errors import MergenceError
 from mergence.recipe import make
 
 # "T-shirt/top" cannot be the name of a folder, so the folders are not called as the classes.
@@ -144,3 +145,38 @@ def test_a_class_count_that_does_not_match_stops_before_any_work(
     with pytest.raises(SystemExit):
         main()
     assert "has 9 class folders" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_calibrate_writes_a_family_of_recipes_and_their_frontier(
+    images: Path, tmp_path: Path
+) -> None:
+    out, result_file = tmp_path / "mine.json", tmp_path / "result.json"
+    command = ("calibrate", "demo", "--data", images, "--budgets", "0.7,0.5", "--out", out)
+    small = ("--images", "4", "--trials", "2", "--points", "2", "--batch-size", "4")
+    result = run(*command, *small, "--json", result_file)
+    assert result.exit_code == 0, result.output
+    data = json.loads(result_file.read_text())
+    assert [row["budget"] for row in data["found"]] == [0.7, 0.5]
+    assert (data["model"], data["images"], data["objective"]) == ("demo", 4, "kl")
+    assert (tmp_path / "mine-frontier.png").read_bytes().startswith(b"\x89PNG")
+    recipe = tmp_path / "mine-0.5.json"
+    assert json.loads(recipe.read_text())["notes"]["model"] == "demo"
+    assert run("eval", "demo", "--data", images, "--recipe", recipe).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "Nothing says how much work may be left"),
+        (("--macs", "0.7", "--latency", "0.7"), "--macs and --latency says"),
+        (("--budgets", "0.7;0.5"), "no list of numbers"),
+        (("--macs", "1.7"), "budgets holds 1.7"),
+        (("--macs", "0.7", "--out", "no/such/folder/r.json"), "there is no folder"),
+        (("--macs", "0.7", "--method", "tom"), "Did you mean 'tome'"),
+        (("--macs", "0.7", "--set", "beta=1"), "no option 'beta'"),
+    ],
+)
+def test_calibrate_refuses_before_any_work(options: tuple[str, ...], message: str) -> None:
+    with pytest.raises(MergenceError, match=message):
+        run("calibrate", "demo", "--data", "demo", *options)

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe",),
     ("api",),
     ("data", "devices", "models", "regions"),
-    ("benchmark", "evaluation", "calibrate", "visualize", "export", "train", "demo"),
+    ("benchmark", "evaluation", "calibration", "frontier", "visualize", "export", "train", "demo"),
     ("__init__",),
     ("cli", "__main__"),
 )

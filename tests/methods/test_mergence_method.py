@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mergence import method as methods
+from mergence import ops
 from mergence.errors import OptionError
 
 EAST, NORTH, NEAR_EAST, NEAR_NORTH = (1.0, 0.0), (0.0, 1.0), (1.0, 0.1), (0.1, 1.0)
@@ -43,6 +44,13 @@ def test_the_less_important_of_two_copies_joins_the_other(plan_of: Any) -> None:
     assert plan.slot.tolist() == [[0, 1, 0, 2]]
     plan = plan_of("mergence", 3, [EAST, NORTH, NEAR_EAST, (-1, -1)], importance=[2, 3, 4, 1])
     assert plan.slot.tolist() == [[1, 0, 1, 2]]
+
+
+def test_a_merged_token_is_as_long_as_the_longest_in_it(plan_of: Any) -> None:
+    plan = plan_of("mergence", 1, [EAST, NORTH], importance=[2, 1])
+    assert plan.keep_norm
+    merged, _ = ops.merge(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), torch.ones(1, 2), plan)
+    assert merged.norm().item() == pytest.approx(3.0)
 
 
 def test_with_a_large_alpha_importance_alone_decides(plan_of: Any) -> None:

@@ -10,7 +10,7 @@ import warnings
 
 import typer
 
-from mergence.cli import bench, demo, evaluate, listing, visualize
+from mergence.cli import bench, calibrate, demo, evaluate, listing, visualize
 from mergence.cli.output import error, warning
 from mergence.errors import MergenceError
 
@@ -25,6 +25,7 @@ app.command("demo")(demo.demo)
 app.command("list")(listing.list_known)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
+app.command("calibrate")(calibrate.calibrate)
 app.command("visualize")(visualize.visualize)
 
 

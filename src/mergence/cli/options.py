@@ -14,6 +14,7 @@ from mergence.errors import OptionError
 if TYPE_CHECKING:
     import torch
 
+    from mergence.method import Method
     from mergence.recipe import Recipe
 
 Model = Annotated[
@@ -92,6 +93,18 @@ def dtype_of(name: str) -> torch.dtype:
     if name not in types:
         raise OptionError(f"--dtype {name} is unknown; choose float32, bfloat16 or float16.")
     return types[name]
+
+
+def method_of(name: str, settings: Sequence[str] | None) -> Method:
+    """Turn a `--method` and its `--set` into a method.
+
+    Raises:
+        UnknownNameError: There is no such method.
+        OptionError: An option is unknown or out of range.
+    """
+    from mergence.method import build
+
+    return build(name, dict(map(_setting, settings or ())))
 
 
 def recipes_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +32,10 @@ class ATM(Method):
     """
 
     shape: ClassVar[Schedule] = Constant()
+    tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        **Method.tunable,
+        "early": (0.5, 0.75, 1.0),
+    }
 
     early: float = 0.75
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +33,10 @@ class DiffRate(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"importance"})
     shape: ClassVar[Schedule] = Constant()
+    tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        **Method.tunable,
+        "prune": (0.0, 0.25, 0.5),
+    }
 
     prune: float = 0.25
 

@@ -27,7 +27,7 @@ class EViT(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"importance"})
     shape: ClassVar[Schedule] = KeepRate()
 
-    size_attention: bool = False
+    size_attention: float = 0.0
 
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
         """See `Method.plan`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from mergence.method import Method, check_range, register
-from mergence.plan import MergePlan, TokenView, keep_highest
+from mergence.plan import MergePlan, TokenView, highest, join
 from mergence.schedule import Ramp, Schedule
 
 
@@ -23,9 +24,10 @@ class Mergence(Method):
         alpha * log(importance_i) + log(1 + epsilon - max cos(i, j))
 
     with the maximum over the tokens j that are more important than i. The cheapest tokens leave;
-    each joins the most similar token that stays, in a size-weighted mean. This project's own
-    method: it starts from the split into crucial and non-crucial tokens of arXiv 2306.04897 and
-    adds redundancy to the choice.
+    each joins the most similar token that stays, in a size-weighted mean that keeps the largest
+    norm of its tokens. This project's own method: it starts from the split into crucial and
+    non-crucial tokens of arXiv 2306.04897, adds redundancy to the choice, and preserves norms as
+    ToFu does (arXiv 2312.01026).
 
     Attributes:
         alpha: Weight of importance. 0 is pure redundancy; a large value is top-k by importance.
@@ -34,9 +36,13 @@ class Mergence(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"importance"})
     shape: ClassVar[Schedule] = Ramp()
+    tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        **Method.tunable,
+        "alpha": (0.15, 0.25, 0.4),
+    }
 
     alpha: float = 0.25
-    epsilon: float = 0.1
+    epsilon: float = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,8 +61,11 @@ class Mergence(Method):
         above = (other > own) | ((other == own) & (position < position.unsqueeze(1)))
         nearest_above = torch.where(above, similarity, -1.0).amax(dim=2).clamp(-1.0, 1.0)
         cost = self.alpha * importance.log() + torch.log(1 + self.epsilon - nearest_above)
-        return keep_highest(cost, slots).merge_to_nearest(metric, tokens.size)
+        stays = highest(cost, slots)
+        nearest = torch.where(stays.unsqueeze(1), similarity, -torch.inf).argmax(dim=2)
+        moves = torch.where(stays, position, nearest)
+        return join(moves, tokens.size, slots, keep_norm=True)
 
     def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:
-        """One similarity between all tokens; the matching reads parts of it again."""
-        return tokens * tokens * dim + (tokens - slots) * slots * dim
+        """One similarity between all tokens."""
+        return tokens * tokens * dim

@@ -26,7 +26,7 @@ class Random(Method):
 
     shape: ClassVar[Schedule] = KeepRate()
 
-    size_attention: bool = False
+    size_attention: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,10 @@ class ToFu(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"keys"})
     shape: ClassVar[Schedule] = Constant()
+    tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        **Method.tunable,
+        "early": (0.0, 0.25, 0.5),
+    }
 
     early: float = 0.5
 
@@ -43,7 +48,7 @@ class ToFu(Method):
         if tokens.block <= self.early * tokens.depth:
             stays = moves == torch.arange(total, device=moves.device)
             return join(torch.where(stays, moves, DROPPED), tokens.size, slots)
-        return replace(join(moves, tokens.size, slots), keep_norm=True)
+        return join(moves, tokens.size, slots, keep_norm=True)
 
     def fewest_slots(self, tokens: int) -> int:
         """A pair needs one of each set, so at most half can leave."""

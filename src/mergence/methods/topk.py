@@ -22,7 +22,7 @@ class TopK(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"importance"})
     shape: ClassVar[Schedule] = KeepRate()
 
-    size_attention: bool = False
+    size_attention: float = 0.0
 
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
         """See `Method.plan`."""

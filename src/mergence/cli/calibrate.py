@@ -1,0 +1,175 @@
+"""mergence calibrate."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from mergence.cli import options as o
+from mergence.cli.output import check_json, console, progress, skipped, write_json
+from mergence.errors import OptionError
+
+if TYPE_CHECKING:
+    from mergence.calibration import Calibration
+
+
+def calibrate(
+    model: o.Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR", help="A folder or a .zip of images, or demo. Labels are not looked at."
+        ),
+    ],
+    macs: o.Macs = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Share of the dense time on this device to meet instead.")
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(metavar="R,R,...", help="Several shares of the MACs: a family of recipes."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.json"),
+    method: Annotated[str, typer.Option(help="A method's name.")] = "mergence",
+    set_: o.Set = None,
+    points: Annotated[
+        int, typer.Option(min=1, help="How many blocks may reduce; each costs time.")
+    ] = 4,
+    align: Annotated[
+        int, typer.Option(min=1, help="Token counts, prefix included, in multiples of this.")
+    ] = 1,
+    images: Annotated[int, typer.Option(min=1, help="Use so many images.")] = 512,
+    trials: Annotated[
+        int, typer.Option(min=0, help="Options and schedules to try for each budget.")
+    ] = 24,
+    tune: Annotated[bool, typer.Option(help="Try the method's options as well.")] = True,
+    checkpoint: o.Checkpoint = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "float32",
+    batch_size: o.BatchSize = 32,
+    seed: o.Seed = 0,
+    workers: o.Workers = 0,
+    json: o.Json = None,
+) -> None:
+    """Find the recipe that changes a model's answers least, from images without labels."""
+    check_json(json)
+    shares = _shares(macs, latency, budgets)
+    if not out.absolute().parent.is_dir():
+        raise OptionError(f"--out {out}: there is no folder '{out.absolute().parent}'. Make it.")
+    chosen, type_, place = o.method_of(method, set_), o.dtype_of(dtype), o.device_of(device)
+    from mergence.calibration import calibrate
+    from mergence.data import loader, open_images
+    from mergence.models import load_model
+
+    loaded = load_model(model, checkpoint=checkpoint)
+    found = open_images(data, transform=loaded.transform, mode=loaded.mode, limit=images, seed=seed)
+    with progress("calibrating", 100) as advance:
+        done = 0.0
+
+        def show(share: float) -> None:
+            nonlocal done
+            advance(100 * share - done)
+            done = 100 * share
+
+        result = calibrate(
+            loaded.model,
+            loader(found, batch_size=batch_size, workers=workers),
+            budgets=shares,
+            latency=latency,
+            method=chosen,
+            points=points,
+            align=align,
+            images=images,
+            trials=trials,
+            tune=tune,
+            device=place,
+            dtype=type_,
+            progress=show,
+        )
+    _table(result, model)
+    source = {"model": model, "data": data, "seed": seed}
+    for one in result.found:
+        path = out if len(result.found) == 1 else _named(out, f"{one.budget:g}")
+        notes = source | dict(one.recipe.notes)
+        dataclasses.replace(one.recipe, notes=notes).save(path)
+        console.print(f"Wrote {path}", highlight=False)
+    if len(result.found) > 1:
+        _plot(result, model, _named(out, "frontier").with_suffix(".png"))
+    write_json(json, source | result.to_dict())
+
+
+def _shares(macs: float | None, latency: float | None, budgets: str | None) -> list[float]:
+    given = {"--macs": macs, "--latency": latency, "--budgets": budgets}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise OptionError(
+            f"{' and '.join(named) or 'Nothing'} says how much work may be left. Give exactly one "
+            "of --macs 0.67, --latency 0.7 or --budgets 0.8,0.67,0.5."
+        )
+    if budgets is None:
+        return [] if macs is None else [macs]
+    try:
+        return [float(part) for part in budgets.split(",") if part.strip()]
+    except ValueError as problem:
+        raise OptionError(
+            f"--budgets {budgets} is no list of numbers; give shares such as 0.8,0.67,0.5."
+        ) from problem
+
+
+def _named(out: Path, what: str) -> Path:
+    return out.with_name(f"{out.stem}-{what}{out.suffix}")
+
+
+def _table(result: Calibration, model: str) -> None:
+    title = f"{model} on {result.images} images without labels"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    name = {"kl": "KL", "cosine": "1 − cos"}[result.objective]
+    for heading in ("MACs", name, "own schedule", "tried"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("options")
+    table.add_column("patch tokens after each block")
+    for one in result.found:
+        schedule = one.recipe.schedule.to_dict()
+        options = one.recipe.method.to_dict()
+        table.add_row(
+            f"{one.macs_ratio:.0%}",
+            _number(one.distance) + ("" if one.complete else " (interrupted)"),
+            _number(one.uncalibrated),
+            str(one.trials),
+            ", ".join(f"{k}={options[k]:g}" for k in one.recipe.method.tunable),
+            " ".join(map(str, schedule["after"])),
+        )
+    console.print(table)
+    console.print(
+        f"{name}: mean distance to the dense model, of the recipe and of the method's own schedule "
+        "at the same MACs.",
+        style="dim",
+    )
+    skipped(result.skipped)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _plot(result: Calibration, model: str, path: Path) -> None:
+    from mergence.frontier import draw_frontier
+    from mergence.visualize import save
+
+    lines = {
+        "calibrated": [(f.macs_ratio, f.distance) for f in result.found if f.distance],
+        "own schedule": [(f.budget, f.uncalibrated) for f in result.found if f.uncalibrated],
+    }
+    lines = {name: points for name, points in lines.items() if points}
+    title = f"{model}, {result.images} images"
+    name = {"kl": "KL to the dense model, nats", "cosine": "cosine distance to the dense model"}
+    figure = draw_frontier(
+        lines, ylabel=name[result.objective], title=title, log=True, bold="calibrated"
+    )
+    save(figure, path)
+    console.print(f"Wrote {path}", highlight=False)

@@ -1,0 +1,185 @@
+"""Calibration from images to recipes, on a tiny random model and on the embedded one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mergence
+from mergence import demo
+from mergence.calibration import Calibration, calibrate
+from mergence.calibration.latency import budget_for
+from mergence.data import Batch, Skipped, loader
+from mergence.errors import DataError, OptionError, ScheduleError
+from mergence.families.timm import FAMILY
+from mergence.methods import Mstm
+from mergence.schedule import Counts
+
+PATCHES = 36
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return FAMILY.tiny()["vit"]()
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Batch]:
+    images = torch.randn(12, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    names = [f"{i}.png" for i in range(6)]
+    return [Batch(half, None, names, []) for half in images.split(6)]
+
+
+def counts(result: Calibration, index: int = 0) -> tuple[int, ...]:
+    schedule = result.found[index].recipe.schedule
+    assert isinstance(schedule, Counts)
+    return schedule.after
+
+
+def test_a_calibrated_recipe_meets_its_budget_and_is_closer_than_the_methods_own(
+    model: nn.Module, batches: list[Batch]
+) -> None:
+    shares: list[float] = []
+    result = calibrate(
+        model, batches, budgets=(0.7, 0.5), points=3, progress=shares.append, images=12, trials=5
+    )
+    assert [one.budget for one in result.found] == [0.7, 0.5]
+    for index, one in enumerate(result.found):
+        assert one.complete
+        assert one.macs_ratio <= one.budget
+        assert one.macs_ratio > one.budget - 0.05
+        assert len({PATCHES, *counts(result, index)}) - 1 <= 3
+        with mergence.applied(model, one.recipe):
+            assert mergence.describe(model).macs_ratio == pytest.approx(one.macs_ratio)
+    distances = [one.distance or 0.0 for one in result.found]
+    assert 0 < distances[0] < distances[1]
+    for one in result.found:
+        assert one.uncalibrated is not None
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert result.images == 12
+
+
+def test_the_same_images_give_the_same_recipe(model: nn.Module, batches: list[Batch]) -> None:
+    first, second = (
+        calibrate(model, batches, budgets=[0.6], points=2, images=6, trials=2) for _ in range(2)
+    )
+    assert first.to_dict() == second.to_dict()
+
+
+def test_what_was_applied_is_put_back(model: nn.Module, batches: list[Batch]) -> None:
+    mergence.apply(model, "tome", r=8)
+    calibrate(model, batches, budgets=[0.7], points=1, images=6, trials=0, tune=False)
+    assert mergence.recipe_of(model).method.name == "tome"
+
+
+def test_an_interrupt_keeps_the_best_so_far(model: nn.Module, batches: list[Batch]) -> None:
+    def interrupt_at(limit: float) -> Callable[[float], None]:
+        interrupted = False
+
+        def progress(share: float) -> None:
+            nonlocal interrupted
+            if share >= limit and not interrupted:
+                interrupted = True
+                raise KeyboardInterrupt
+
+        return progress
+
+    arguments: dict[str, Any] = {"budgets": [0.7, 0.5], "points": 2, "images": 3, "trials": 30}
+    with pytest.raises(KeyboardInterrupt):  # before there are curves there is nothing to keep
+        calibrate(model, batches, progress=interrupt_at(0.01), **arguments)
+    result = calibrate(model, batches, progress=interrupt_at(0.32), **arguments)
+    first, second = result.found
+    assert not first.complete
+    assert first.trials > 0
+    assert first.distance is None
+    assert (second.complete, second.trials, second.distance) == (False, 0, None)
+    for one in result.found:
+        assert one.macs_ratio <= one.budget
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_a_model_without_a_head_is_measured_by_its_features(batches: list[Batch]) -> None:
+    model = FAMILY.tiny()["vit"]()
+    model.reset_classifier(0)  # type: ignore[operator]
+    result = calibrate(model, batches, budgets=[0.6], points=1, images=6, trials=0, tune=False)
+    assert result.objective == "cosine"
+    assert 0 <= (result.found[0].distance or 0) < 1
+
+
+def test_bad_images_are_counted_and_no_image_is_an_error(
+    model: nn.Module, batches: list[Batch]
+) -> None:
+    bad = Batch(torch.empty(0), None, [], [Skipped("torn.png", "truncated")])
+    result = calibrate(
+        model, [bad, batches[0]], budgets=[0.7], points=1, images=6, trials=0, tune=False
+    )
+    assert [item.name for item in result.skipped] == ["torn.png"]
+    with pytest.raises(DataError, match="no image to calibrate on: 1 could not be read"):
+        calibrate(model, [bad], budgets=[0.7])
+
+
+def test_images_of_two_sizes_are_refused(model: nn.Module, batches: list[Batch]) -> None:
+    wide = Batch(batches[0].images[..., :64], None, batches[0].names, [])
+    with pytest.raises(DataError, match="several sizes"):
+        calibrate(model, [batches[0], wide], budgets=[0.7])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "Say what to calibrate for"),
+        ({"budgets": [0.7], "latency": 0.7}, "Say what to calibrate for"),
+        ({"budgets": [1.2]}, "budgets holds 1.2"),
+        ({"latency": 0.0}, "latency holds 0"),
+        ({"budgets": [0.7], "points": 0}, "points is 0"),
+        ({"budgets": [0.7], "images": 0}, "images is 0"),
+        ({"budgets": [0.7], "trials": -1}, "trials is -1"),
+        ({"budgets": [0.7], "method": Mstm(fusion=True)}, "module that is learned"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    arguments: dict[str, Any], message: str, model: nn.Module, batches: Iterable[Batch]
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        calibrate(model, batches, **arguments)
+
+
+def test_a_latency_becomes_the_largest_budget_that_meets_it() -> None:
+    def recipe(macs: float) -> mergence.Recipe:
+        if macs < 0.3:
+            raise ScheduleError("too few points")
+        return mergence.Recipe(Mstm(), mergence.Macs(macs=macs, shape=mergence.KeepRate()))
+
+    def time(recipe: mergence.Recipe) -> float:
+        return 0.2 + 0.8 * float(recipe.schedule.macs)  # type: ignore[attr-defined]
+
+    assert budget_for(0.8, recipe, time) == pytest.approx(0.75, abs=0.02)
+    with pytest.raises(
+        ScheduleError, match=r"latency=0\.3 is out of reach.*0\.60 of the time at 0"
+    ):
+        budget_for(0.3, recipe, time)
+
+
+@pytest.mark.slow
+def test_a_latency_is_measured_on_this_machine() -> None:
+    loaded = demo.load()
+    data = loader(demo.images(loaded, limit=8), batch_size=8)
+    result = calibrate(loaded.model, data, latency=0.9, images=8, trials=0, tune=False)
+    assert 0 < result.found[0].macs_ratio < 1
+
+
+@pytest.mark.slow
+def test_the_embedded_model_gains_from_calibration() -> None:
+    loaded = demo.load()
+    data = loader(demo.images(loaded, limit=64), batch_size=32)
+    result = calibrate(loaded.model, data, budgets=[0.5], images=64, trials=6)
+    (found,) = result.found
+    assert found.distance is not None
+    assert found.uncalibrated is not None
+    assert found.distance < found.uncalibrated

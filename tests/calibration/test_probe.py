@@ -1,0 +1,90 @@
+"""Measurements that start late equal those that start at the first block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import mergence
+from mergence import demo
+from mergence.calibration.probe import Probe, cosine_distance, kl_divergence
+from mergence.method import build
+
+SCHEDULES = (
+    [120] * 12,
+    [196] * 5 + [90] * 7,
+    [196] * 11 + [1],
+    [196] * 3 + [100] * 4 + [50] * 5,
+    [196] * 12,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return demo.load().model
+
+
+@pytest.fixture(scope="module")
+def images() -> list[torch.Tensor]:
+    loaded = demo.load()
+    data = demo.images(loaded, limit=6)
+    pixels = torch.stack([data[i].image for i in range(6)])  # type: ignore[union-attr]
+    return list(pixels.split(4))
+
+
+@pytest.fixture(params=["remembered", "no memory", "half the memory"])
+def probe(request: pytest.FixtureRequest, model: nn.Module, images: list[torch.Tensor]) -> Probe:
+    batch = 12 * 4 * 197 * 128 * 4
+    memory = {"remembered": 1 << 40, "no memory": 0, "half the memory": batch + 1}[request.param]
+    return Probe(model, images, memory=memory)
+
+
+@pytest.mark.parametrize("counts", SCHEDULES)
+def test_a_measurement_is_that_of_the_whole_model(
+    counts: list[int], probe: Probe, model: nn.Module, images: list[torch.Tensor]
+) -> None:
+    pixels = torch.cat(images)
+    with torch.inference_mode():
+        dense = model(pixels)
+        with mergence.applied(model, "mergence", schedule=counts):
+            reduced = model(pixels)
+    expected = float(kl_divergence(dense, reduced).mean())
+    assert probe.mean(kl_divergence, build("mergence", {}), counts) == pytest.approx(
+        expected, abs=1e-6
+    )
+
+
+def test_fewer_images_are_the_first_whole_batches(
+    model: nn.Module, images: list[torch.Tensor]
+) -> None:
+    method, counts = build("mergence", {}), [196] * 4 + [60] * 8
+    first = Probe(model, images[:1]).mean(kl_divergence, method, counts)
+    assert Probe(model, images).mean(kl_divergence, method, counts, images=3) == first
+
+
+def test_the_model_is_left_alone(probe: Probe, model: nn.Module) -> None:
+    probe.mean(kl_divergence, build("mergence", {}), [196] * 5 + [90] * 7)
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_pre_hooks
+
+
+def test_a_covered_forward_is_put_back(model: nn.Module, images: list[torch.Tensor]) -> None:
+    probe = Probe(model, images)
+    block = model.blocks[0]  # type: ignore[index]
+    mine = block.forward
+    vars(block)["forward"] = mine
+    try:
+        probe.mean(kl_divergence, build("mergence", {}), [196] * 5 + [90] * 7)
+        assert vars(block)["forward"] is mine
+    finally:
+        del vars(block)["forward"]
+
+
+def test_distances() -> None:
+    a, b = torch.tensor([[0.0, 1.0], [2.0, 2.0]]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    p, q = torch.tensor([0.5, 0.5]), torch.softmax(b[1], dim=0)
+    expected = float((p * (p / q).log()).sum())
+    assert kl_divergence(a, b).tolist() == pytest.approx([0.0, expected])
+    assert cosine_distance(a, b).tolist() == pytest.approx([0.0, 1 - 0.5**0.5])
