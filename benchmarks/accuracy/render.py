@@ -14,6 +14,7 @@ from mergence.frontier import draw_frontier
 from mergence.visualize import save
 
 HERE = Path(__file__).parent
+START, END = "<!-- accuracy: made by benchmarks/accuracy/render.py -->", "<!-- /accuracy -->"
 INTRO = """# Accuracy
 
 Made by `python benchmarks/accuracy/render.py` from the files in `benchmarks/accuracy/results`; each
@@ -41,11 +42,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--docs", type=Path, default=HERE.parents[1] / "docs")
+    parser.add_argument("--readme", type=Path, default=HERE.parents[1] / "README.md")
     arguments = parser.parse_args()
-    parts = [INTRO]
-    for file in sorted(arguments.results.glob("*.json")):
-        parts.append(_section(file.stem, json.loads(file.read_text()), arguments.docs))
-    (arguments.docs / "accuracy.md").write_text("\n".join(parts))
+    files = sorted(arguments.results.glob("*.json"))
+    results = {file.stem: json.loads(file.read_text()) for file in files}
+    sections = [_section(name, result, arguments.docs) for name, result in results.items()]
+    (arguments.docs / "accuracy.md").write_text("\n".join([INTRO, *sections]))
+    readme = arguments.readme.read_text()
+    before, _, rest = readme.partition(START)
+    _, _, after = rest.partition(END)
+    largest = max(results.values(), key=lambda result: result["images"])
+    arguments.readme.write_text(f"{before}{START}\n{_headline(largest)}\n{END}{after}")
+
+
+def _headline(result: dict[str, Any]) -> str:
+    """The calibrated recipes of `mergence`, in one table."""
+    dense, *rows = result["results"]
+    lines = ["| MACs | top-1 | change | same answer | KL | reductions |", "|---" * 6 + "|"]
+    lines += [f"| 100 % | {dense['top1']:.2f} | | | | |"]
+    for row in rows:
+        if row["name"].startswith("mergence") and row["name"].endswith("calibrated"):
+            points = len(
+                set(row["recipe"]["schedule"]["after"]) - {row["recipe"]["schedule"]["of"]}
+            )
+            lines.append(
+                f"| {row['macs_ratio']:.0%} | {row['top1']:.2f} | "
+                f"{_signed(row['top1'] - dense['top1'])} | {row['agreement']:.1f} % | "
+                f"{row['kl']:.4f} | {points} |"
+            )
+    return "\n".join([*lines, "", f"{result['model']}, {result['images']:,} validation images."])
 
 
 def _section(name: str, result: dict[str, Any], docs: Path) -> str:
@@ -101,7 +126,11 @@ def _cell(row: dict[str, Any] | None, dense: dict[str, Any], budget: float) -> s
         return "–"
     change = row["top1"] - dense["top1"]
     macs = "" if abs(row["macs_ratio"] - budget) < 0.01 else f" ({row['macs_ratio']:.2f})"
-    return f"{change:+.2f}, {row['kl']:.4f}{macs}".replace("-", "−")
+    return f"{_signed(change)}, {row['kl']:.4f}{macs}"
+
+
+def _signed(points: float) -> str:
+    return f"{points:+.2f}".replace("-", "−")
 
 
 if __name__ == "__main__":

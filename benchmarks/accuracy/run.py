@@ -11,6 +11,7 @@ many as it can there; its MACs say so. `render.py` turns the results into tables
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 from pathlib import Path
@@ -32,13 +33,15 @@ from mergence.schedule import Counts
 def main() -> None:
     """Calibrate, evaluate, write the JSON."""
     arguments = _arguments()
-    loaded = load_model(arguments.model)
+    loaded = _loaded(arguments)
     recipes = _calibrated(loaded, arguments)
     runs: dict[str, mergence.Recipe] = {}
     for budget, recipe in recipes.items():
         runs[f"mergence@{budget:g} calibrated"] = recipe
+        with mergence.applied(loaded.model, recipe):
+            share = mergence.describe(loaded.model).macs_ratio
         for name in arguments.methods:
-            own = make(name, macs=budget)
+            own = make(name, macs=share)
             if _possible(loaded, own):
                 runs[f"{name}@{budget:g} own"] = own
             if name != "mergence":
@@ -87,10 +90,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=4)
     parser.add_argument("--images", type=int, default=512, help="images to calibrate on")
     parser.add_argument("--limit", type=int, help="validation images, spread over the classes")
+    parser.add_argument("--input-size", type=int, help="side of the images, if not the model's own")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
+
+
+def _loaded(arguments: argparse.Namespace) -> LoadedModel:
+    loaded = load_model(arguments.model)
+    if arguments.input_size is None:
+        return loaded
+    side = arguments.input_size
+    loaded.model.set_input_size((side, side))
+    config = timm.data.resolve_model_data_config(loaded.model) | {"input_size": (3, side, side)}
+    return dataclasses.replace(loaded, transform=timm.data.create_transform(**config))
 
 
 def _calibrated(loaded: LoadedModel, arguments: argparse.Namespace) -> dict[float, mergence.Recipe]:

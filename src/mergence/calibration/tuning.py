@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mergence import surgery
 from mergence.api import applied, remove
+from mergence.calibration.effort import Work
 from mergence.calibration.latency import budget_for, share_of_time
+from mergence.calibration.outcome import Calibration, Found, Objective
 from mergence.calibration.probe import (
     Distance,
     Probe,
@@ -22,7 +22,7 @@ from mergence.calibration.probe import (
 )
 from mergence.calibration.refining import Best
 from mergence.calibration.search import Prices, best_counts
-from mergence.calibration.sensitivity import SHARES, Curves, measure
+from mergence.calibration.sensitivity import measure
 from mergence.data import Batch, Skipped
 from mergence.devices import warn_of_slow_type
 from mergence.errors import DataError, OptionError, ScheduleError
@@ -31,61 +31,11 @@ from mergence.recipe import Recipe
 from mergence.schedule import Counts, KeepRate, Macs
 from mergence.step import program_of
 
-Objective = Literal["kl", "cosine"]
 OBJECTIVES: dict[Objective, tuple[Distance, Distance]] = {
     "kl": (kl_divergence, tempered_kl_divergence),
     "cosine": (cosine_distance, cosine_distance),
 }
 """What is reported, and what the search goes by."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """The recipe for one budget.
-
-    Attributes:
-        budget: The share of the dense MACs that was asked for, or that met the latency.
-        macs_ratio: The share that the recipe needs.
-        recipe: The recipe.
-        distance: Mean distance to the dense model over all images; None where the search was
-            interrupted before that.
-        uncalibrated: The same for the method's own schedule at this budget; None where that cannot
-            meet it.
-        trials: How many schedules and options were measured for it.
-        complete: False where the search was interrupted.
-    """
-
-    budget: float
-    macs_ratio: float
-    recipe: Recipe
-    distance: float | None
-    uncalibrated: float | None
-    trials: int
-    complete: bool = True
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a calibration found.
-
-    Attributes:
-        found: One recipe for each budget, in the order asked for.
-        curves: The measured sensitivity of each block.
-        objective: What was measured: `kl`, in nats, or `cosine`.
-        images: How many images were used.
-        skipped: Images that could not be read.
-    """
-
-    found: tuple[Found, ...]
-    curves: Curves
-    objective: Objective
-    images: int
-    skipped: tuple[Skipped, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The calibration as plain JSON values."""
-        found = [vars(one) | {"recipe": one.recipe.to_dict()} for one in self.found]
-        return dataclasses.asdict(dataclasses.replace(self, found=())) | {"found": found}
 
 
 def calibrate(
@@ -151,7 +101,7 @@ def calibrate(
         objective = objective or _objective_of(model)
         distance, searched = OBJECTIVES[objective]
         pixels, skipped = _first_images(batches, images, device, dtype)
-        work = _Work(progress, sum(map(len, pixels)), trials, len(budgets) or 1)
+        work = Work(progress, sum(map(len, pixels)), trials, len(budgets) or 1)
         probe = Probe(model, pixels)
         prices = _prices(model, method, align, probe.patches)
         depth = prices.setting.depth
@@ -163,99 +113,42 @@ def calibrate(
         )
         table = curves.table()
 
-        def recipe(
-            method: Method, counts: tuple[int, ...], notes: Mapping[str, Any] = {}
-        ) -> Recipe:
-            return Recipe(method, Counts(after=counts, of=probe.patches), align, notes)
-
         if latency is not None:
-            budget = budget_for(
-                latency,
-                lambda macs: recipe(method, best_counts(table, prices, macs, points)),
-                lambda candidate: share_of_time(model, pixels[0], candidate),
+            budgets = (
+                budget_for(
+                    latency,
+                    lambda macs: _recipe(method, best_counts(table, prices, macs, points), prices),
+                    lambda candidate: share_of_time(model, pixels[0], candidate),
+                ),
             )
-            budgets = (budget,)
         found: list[Found] = []
-        interrupted = False
         for budget in budgets:
             counts = best_counts(table, prices, budget, points)
             best = Best(probe, searched, work.some, method, counts, work.tried)
             calibrated = uncalibrated = None
+            complete = not found or found[-1].complete
             try:
-                if not interrupted:
+                if complete:
                     best.improve(table, prices, budget, trials, tune=tune)
-                    calibrated = probe.mean(distance, best.method, best.counts)
-                    own = _own(best.method, prices, budget)
-                    if own is not None:
-                        uncalibrated = probe.mean(distance, best.method, own)
-                        if uncalibrated < calibrated and len({probe.patches, *own}) - 1 <= points:
-                            best.counts, calibrated = own, uncalibrated
+                    calibrated, uncalibrated = _compared(best, distance, prices, budget, points)
                     work.concluded(len(found) + 1)
             except KeyboardInterrupt:
-                interrupted = True
-            measured = {objective: calibrated, "images": probe.images, "points": points}
+                complete = False
+            notes = {objective: calibrated, "images": probe.images, "points": points}
             found.append(
                 Found(
                     budget=budget,
                     macs_ratio=prices.setting.share(best.counts),
-                    recipe=recipe(best.method, best.counts, {"calibration": measured}),
+                    recipe=_recipe(best.method, best.counts, prices, {"calibration": notes}),
                     distance=calibrated,
                     uncalibrated=uncalibrated,
                     trials=best.trials,
-                    complete=not interrupted,
+                    complete=complete,
                 )
             )
         return Calibration(tuple(found), curves, objective, probe.images, tuple(skipped))
     finally:
         back()
-
-
-@dataclass
-class _Work:
-    """Turns what has been measured into a share of the whole, in forward passes of one image."""
-
-    progress: Callable[[float], None]
-    images: int
-    trials: int
-    budgets: int
-    depth: int = 0
-    done: float = 0.0
-
-    @property
-    def few(self) -> int:
-        """Images that the curves are measured on."""
-        return min(max(self.images // 8, 64), self.images)
-
-    @property
-    def some(self) -> int:
-        """Images that the refinement is measured on."""
-        return min(max(self.images // 4, 64), self.images)
-
-    @property
-    def _per_budget(self) -> float:
-        return 0.5 * self.trials * self.some + 1.3 * self.images
-
-    @property
-    def _before(self) -> float:
-        return self.images + 0.35 * self.depth * len(SHARES) * self.few
-
-    def _add(self, passes: float) -> None:
-        self.done += passes
-        self.progress(min(self.done / (self._before + self.budgets * self._per_budget), 1.0))
-
-    def measured_dense(self, depth: int) -> None:
-        self.depth = depth
-        self._add(self.images)
-
-    def measured_cells(self, cells: int) -> None:
-        self._add(0.35 * cells * self.few)
-
-    def tried(self) -> None:
-        self._add(0.5 * self.some)
-
-    def concluded(self, budgets: int) -> None:
-        self.done = self._before + budgets * self._per_budget
-        self._add(0)
 
 
 def _first_images(
@@ -287,12 +180,27 @@ def _prices(model: nn.Module, method: Method, align: int, patches: int) -> Price
         return Prices(program.cost, program.reduction, program.setting(patches))
 
 
-def _own(method: Method, prices: Prices, budget: float) -> tuple[int, ...] | None:
-    """The method's own schedule at a budget, if it can meet it."""
+def _recipe(
+    method: Method, counts: tuple[int, ...], prices: Prices, notes: Mapping[str, Any] | None = None
+) -> Recipe:
+    setting = prices.setting
+    return Recipe(method, Counts(after=counts, of=setting.tokens), setting.align, notes or {})
+
+
+def _compared(
+    best: Best, distance: Distance, prices: Prices, budget: float, points: int
+) -> tuple[float, float | None]:
+    """Distance on all images of the best and of the method's own schedule; keeps the better one."""
+    probe, method = best.probe, best.method
+    calibrated = probe.mean(distance, method, best.counts)
     try:
-        return Macs(macs=budget, shape=method.shape).counts(prices.setting)
+        own = Macs(macs=budget, shape=method.shape).counts(prices.setting)
     except ScheduleError:
-        return None
+        return calibrated, None
+    uncalibrated = probe.mean(distance, method, own)
+    if uncalibrated < calibrated and len({probe.patches, *own}) - 1 <= points:
+        best.counts, calibrated = own, uncalibrated
+    return calibrated, uncalibrated
 
 
 def _objective_of(model: nn.Module) -> Objective:
