@@ -74,7 +74,7 @@ def main() -> None:
         "timm": timm.__version__,
         "mergence": mergence.__version__,
         "seed": arguments.seed,
-        "calibrated_on": Path(arguments.calibrate_on).name if arguments.calibrate_on else None,
+        "calibrated_on": _source(arguments, recipes),
     }
     arguments.out.write_text(json.dumps({**machine, **result.to_dict()}, indent=1) + "\n")
 
@@ -132,6 +132,20 @@ def _calibrated(loaded: LoadedModel, arguments: argparse.Namespace) -> dict[floa
             progress=lambda share: bar.update(task, completed=share),
         )
     return {found.budget: found.recipe for found in result.found}
+
+
+def _source(arguments: argparse.Namespace, recipes: dict[float, mergence.Recipe]) -> str:
+    """What the recipes were calibrated on."""
+    if arguments.calibrate_on is not None:
+        return f"{arguments.images} images of {Path(arguments.calibrate_on).name}"
+    return " and ".join(
+        sorted(
+            {
+                f"{r.notes['calibration']['images']} images of {r.notes['data']}"
+                for r in recipes.values()
+            }
+        )
+    )
 
 
 def _possible(loaded: LoadedModel, recipe: mergence.Recipe) -> bool:

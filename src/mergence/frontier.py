@@ -39,7 +39,7 @@ def draw_frontier(
     if find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "viz", "Drawing a frontier")
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MultipleLocator, PercentFormatter
 
     figure = Figure(figsize=(7.0, 4.3), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -59,6 +59,7 @@ def draw_frontier(
         )
     if log:
         axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MultipleLocator(0.05))
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axes.set_xlabel("MACs, share of the dense model")
     axes.set_ylabel(ylabel)
