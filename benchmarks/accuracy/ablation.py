@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mergence.calibration.probe import Probe, tempered_kl_divergence
+from mergence.calibration.probe import Probe
 from mergence.data import loader, open_images
+from mergence.distances import tempered_kl_divergence
 from mergence.method import Method
 from mergence.methods import Mergence
 from mergence.models import load_model

@@ -14,6 +14,7 @@ from mergence import family
 from mergence.api import applied, describe, disabled
 from mergence.data import Batch, Skipped
 from mergence.devices import synchronise, warn_of_slow_type
+from mergence.distances import kl_divergence
 from mergence.errors import DataError
 from mergence.macs import count
 from mergence.recipe import Recipe
@@ -82,8 +83,7 @@ class _Tally:
     seconds: float = 0.0
 
     def add(self, logits: Tensor, dense: Tensor, labels: Tensor | None) -> None:
-        log_p, log_q = dense.log_softmax(dim=1), logits.log_softmax(dim=1)
-        self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+        self.kl += float(kl_divergence(dense, logits).sum())
         self.agreement += int((logits.argmax(dim=1) == dense.argmax(dim=1)).sum())
         if labels is not None:
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]

@@ -8,7 +8,8 @@ from torch import nn
 
 import mergence
 from mergence import demo
-from mergence.calibration.probe import Probe, cosine_distance, kl_divergence
+from mergence.calibration.probe import Probe
+from mergence.distances import cosine_distance, kl_divergence
 from mergence.method import build
 
 SCHEDULES = (

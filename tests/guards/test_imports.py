@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("families", "tracing"),
     ("recipe",),
     ("api",),
-    ("data", "devices", "models", "regions"),
+    ("data", "devices", "distances", "models", "regions"),
     ("benchmark", "evaluation", "calibration", "frontier", "visualize", "export", "train", "demo"),
     ("__init__",),
     ("cli", "__main__"),

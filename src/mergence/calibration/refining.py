@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mergence.calibration.probe import Distance, Probe
+from mergence.calibration.probe import Probe
 from mergence.calibration.search import Prices, neighbours, predicted
+from mergence.distances import Distance
 from mergence.method import Method
 
 STEPS = (0.15, 0.07)

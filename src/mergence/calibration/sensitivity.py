@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergence.calibration.probe import Distance, Probe
+from mergence.calibration.probe import Probe
+from mergence.distances import Distance
 from mergence.method import Method
 
 SHARES = (0.8, 0.6, 0.42, 0.28, 0.15, 0.06)

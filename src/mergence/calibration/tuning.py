@@ -13,18 +13,18 @@ from mergence.api import applied, remove
 from mergence.calibration.effort import Work
 from mergence.calibration.latency import budget_for, share_of_time
 from mergence.calibration.outcome import Calibration, Found, Objective
-from mergence.calibration.probe import (
-    Distance,
-    Probe,
-    cosine_distance,
-    kl_divergence,
-    tempered_kl_divergence,
-)
+from mergence.calibration.probe import Probe
 from mergence.calibration.refining import Best
 from mergence.calibration.search import Prices, best_counts
 from mergence.calibration.sensitivity import measure
 from mergence.data import Batch, Skipped
 from mergence.devices import warn_of_slow_type
+from mergence.distances import (
+    Distance,
+    cosine_distance,
+    kl_divergence,
+    tempered_kl_divergence,
+)
 from mergence.errors import DataError, OptionError, ScheduleError
 from mergence.method import Method, build
 from mergence.recipe import Recipe

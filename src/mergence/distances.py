@@ -1,0 +1,33 @@
+"""How far a reduced model's answers are from the dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional as F
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Dense and reduced output, `[B, K]` each -> distance of each image, `[B]`."""
+
+
+def kl_divergence(dense: Tensor, reduced: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the logits, in nats."""
+    log_p, log_q = dense.log_softmax(dim=1), reduced.log_softmax(dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def tempered_kl_divergence(dense: Tensor, reduced: Tensor) -> Tensor:
+    """The divergence at temperature 2, which few images can tell schedules apart by.
+
+    The plain divergence is mostly that of the few images that are about to change their class, so
+    its mean over a hundred images says little. Over twelve schedules of DeiT-S at half the MACs,
+    ranking them by 64 images predicts the ranking of the plain divergence on 96 others with a
+    correlation of 0.74 at temperature 2, against 0.55 at temperature 1 (docs/calibration.md).
+    """
+    return 4 * kl_divergence(dense / 2, reduced / 2)
+
+
+def cosine_distance(dense: Tensor, reduced: Tensor) -> Tensor:
+    """1 - cosine of the features."""
+    return 1 - F.cosine_similarity(dense, reduced, dim=1)
