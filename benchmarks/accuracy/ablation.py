@@ -85,8 +85,8 @@ class Rounds(Mergence):
 class Ward(Mergence):
     """Agglomerative clustering, one pair at a time: weights are the roots of the importance.
 
-    The pair with the least w_i w_j / (w_i + w_j) (1 - cos) merges into its mean, over and over. An
-    upper bound for rules that look at similarity and importance alone, far too slow to be used.
+    The pair with the least w_i w_j / (w_i + w_j) (1 - cos) merges into its mean, over and over. It
+    shows about how far a choice by similarity and importance can be taken; far too slow to be used.
     """
 
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
