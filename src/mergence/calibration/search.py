@@ -101,6 +101,20 @@ class Prices:
         return bent(strong)
 
 
+def check_budget(prices: Prices, budget: float, points: int) -> None:
+    """Check that some schedule with so few points meets a budget, whatever it does to the answers.
+
+    Raises:
+        ScheduleError: None does.
+    """
+    no_loss = torch.zeros(prices.setting.depth, prices.setting.tokens + 1, dtype=torch.float64)
+    if prices.share(_at_rate(no_loss, prices, points, 1.0)) > budget:
+        raise ScheduleError(
+            f"No schedule with {points} reduction points needs only {budget:.2f} of the MACs of "
+            "this model with this method. Ask for more MACs or allow more points."
+        )
+
+
 def best_counts(table: Tensor, prices: Prices, budget: float, points: int) -> tuple[int, ...]:
     """The counts of least predicted distance within a budget and a number of reduction points.
 
@@ -113,12 +127,8 @@ def best_counts(table: Tensor, prices: Prices, budget: float, points: int) -> tu
     Raises:
         ScheduleError: No schedule with so few points meets the budget.
     """
+    check_budget(prices, budget, points)
     cheap, dear = 1e-9, 1e9
-    if prices.share(_at_rate(table, prices, points, dear)) > budget:
-        raise ScheduleError(
-            f"No schedule with {points} reduction points needs only {budget:.2f} of the MACs of "
-            "this model with this method. Ask for more MACs or allow more points."
-        )
     for _ in range(60):
         rate = (cheap * dear) ** 0.5
         if prices.share(_at_rate(table, prices, points, rate)) > budget:

@@ -15,7 +15,7 @@ from mergence.calibration.latency import budget_for, share_of_time
 from mergence.calibration.outcome import Calibration, Found, Objective
 from mergence.calibration.probe import Probe
 from mergence.calibration.refining import Best
-from mergence.calibration.search import Prices, best_counts
+from mergence.calibration.search import Prices, best_counts, check_budget
 from mergence.calibration.sensitivity import measure
 from mergence.data import Batch, Skipped
 from mergence.devices import warn_of_slow_type
@@ -106,7 +106,7 @@ def calibrate(
         prices = _prices(model, method, align, probe.patches)
         depth = prices.setting.depth
         for budget in budgets:  # Can it be met at all? Better known before the long work.
-            best_counts(torch.zeros(depth, probe.patches + 1), prices, budget, points)
+            check_budget(prices, budget, points)
         work.measured_dense(depth)
         curves = measure(
             probe, searched, method, depth, images=work.few, progress=work.measured_cells
