@@ -70,8 +70,7 @@ def apply(
         method, macs=macs, keep_rate=keep_rate, r=r, schedule=schedule, align=align, **options
     )
     _check_type(model)
-    family = families.find(model)
-    spec = family.inspect(model)
+    spec = families.find(model).inspect(model)
     learned = recipe.method.learned(spec.cost.dim)
     program = Program(
         method=recipe.method,
@@ -90,8 +89,9 @@ def apply(
         # All blocks: at another image size another one may be the first that reduces.
         for index, block in enumerate(spec.blocks):
             module = learned if index == first else None
-            surgery.swap(block, family.block_mixin, BlockStep(program, index), module)
-        surgery.swap(model, family.model_mixin, program)
+            surgery.swap(block, spec.block_mixin, BlockStep(program, index), module)
+        for part, mixin in spec.parts:
+            surgery.swap(part, mixin, program)
     except BaseException:
         back()
         raise

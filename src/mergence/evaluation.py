@@ -17,6 +17,7 @@ from mergence.devices import synchronise, warn_of_slow_type
 from mergence.distances import kl_divergence
 from mergence.errors import DataError
 from mergence.macs import count
+from mergence.outputs import answer
 from mergence.recipe import Recipe
 
 DENSE = "dense"
@@ -177,7 +178,7 @@ def _run_batch(
             logits = model(images)
             synchronise(images.device)
             tallies[name].seconds += time.perf_counter() - start
-        logits = logits.float()
+        logits = answer(logits).float()
         dense = logits if dense is None else dense
         tallies[name].add(logits, dense, labels)
 

@@ -25,11 +25,16 @@ class ModelSpec:
         blocks: Its transformer blocks, in order.
         patches: Patches at its own input size.
         cost: What its MACs depend on.
+        block_mixin: Mixed into each block: reduces between attention and MLP.
+        parts: Other modules with what is mixed into each: the model itself (marks forwards), the
+            tower inside it, heads that pool by size.
     """
 
     blocks: tuple[nn.Module, ...]
     patches: int
     cost: ModelCost
+    block_mixin: type
+    parts: tuple[tuple[nn.Module, type], ...]
 
 
 class Family(ABC):
@@ -42,15 +47,11 @@ class Family(ABC):
         name: The family's name, unique.
         models: Qualified names of the model classes that it knows.
         supported: What it covers, for people to read.
-        model_mixin: Mixed into the model: marks forwards, pools by size.
-        block_mixin: Mixed into blocks: reduces between attention and MLP.
     """
 
     name: ClassVar[str]
     models: ClassVar[tuple[str, ...]]
     supported: ClassVar[str]
-    model_mixin: ClassVar[type]
-    block_mixin: ClassVar[type]
 
     @abstractmethod
     def inspect(self, model: nn.Module) -> ModelSpec:
@@ -79,8 +80,10 @@ def registry() -> Mapping[str, Family]:
     """
     import mergence.families as package
 
-    modules = [m.name for m in pkgutil.iter_modules(package.__path__, package.__name__ + ".")]
-    found: list[Family] = [importlib.import_module(name).FAMILY for name in modules]
+    modules = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"]
+    found: list[Family] = [
+        importlib.import_module(f"{package.__name__}.{name}").FAMILY for name in modules
+    ]
     found += [entry.load() for entry in entry_points(group="mergence.families")]
     families: dict[str, Family] = {}
     for family in found:

@@ -52,6 +52,7 @@ class Run(threading.local):
         grid: Patch rows and columns of the images of this forward.
         observer: Receives each reduction while tracing; see `mergence.tracing`.
         disabled: Run the model as if nothing were applied.
+        averaged: The tower's tokens go into a plain mean outside of it; see `averaging`.
     """
 
     def __init__(self) -> None:
@@ -62,6 +63,7 @@ class Run(threading.local):
         self.grid: tuple[int, int] | None = None
         self.observer: Any = None
         self.disabled: bool = False
+        self.averaged: bool = False
 
     def __reduce__(self) -> tuple[type[Run], tuple[()]]:
         return Run, ()
@@ -83,6 +85,18 @@ class Run(threading.local):
             yield self
         finally:
             self.active, self.carry, self.grid = False, None, None
+
+    @contextmanager
+    def averaging(self) -> Iterator[None]:
+        """Mark the forward of a model whose head takes the plain mean of its tower's patch tokens.
+
+        The tower then hands its tokens out times their sizes, so that this mean is by size.
+        """
+        self.averaged = True
+        try:
+            yield
+        finally:
+            self.averaged = False
 
     def known(self) -> Carry | None:
         """What is known about the tokens now; before any reduction, that they are all there."""

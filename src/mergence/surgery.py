@@ -9,7 +9,8 @@ by naming base and mixin, because it cannot be imported itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, update_wrapper
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -24,18 +25,35 @@ def _reduced_class(base: type, mixin: type) -> type:
     def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (base, mixin), self.__dict__.copy()
 
-    return type(
-        base.__name__,
-        (mixin, base),
-        {
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            "__reduce_ex__": reduce_ex,
-            "_mergence_base": base,
-            "_mergence_mixin": mixin,
-        },
+    namespace = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce_ex,
+        "_mergence_base": base,
+        "_mergence_mixin": mixin,
+    }
+    if isinstance(forward := getattr(mixin, "forward", None), FunctionType):
+        namespace["forward"] = _with_signature_of(forward, base)
+    return type(base.__name__, (mixin, base), namespace)
+
+
+def _with_signature_of(forward: FunctionType, base: type) -> FunctionType:
+    """A copy of a mixin's forward with the base's signature and docstring.
+
+    Others read them: transformers' Trainer drops the columns of a data set that forward does not
+    name, and torch.export names inputs by it.
+    """
+    twin = FunctionType(
+        forward.__code__,
+        forward.__globals__,
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
     )
+    twin.__kwdefaults__ = forward.__kwdefaults__
+    update_wrapper(twin, base.forward)  # type: ignore[attr-defined]
+    return twin
 
 
 def _rebuild(base: type, mixin: type) -> object:

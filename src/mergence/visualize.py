@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mergence.api import applied, disabled
 from mergence.errors import DataError, MissingExtraError, OptionError
+from mergence.outputs import answer
 from mergence.regions import crucial_only, region_borders, region_colours, spread, stray_links
 from mergence.tracing import trace
 
@@ -163,16 +164,13 @@ def explain(loaded: LoadedModel, images: Tensor, recipe: Recipe, titles: Sequenc
         traced = trace(model, images)
         with disabled(model):
             dense = model(images)
-    reduced = traced.output
+    pairs = zip(answer(dense), answer(traced.output), strict=True)
 
-    def answer(logits: Tensor) -> str:
+    def words(logits: Tensor) -> str:
         probability, index = logits.float().softmax(0).max(0)
         return f"{loaded.label(int(index))} {float(probability):.0%}"
 
-    captions = [
-        f"dense: {answer(before)}\nreduced: {answer(after)}"
-        for before, after in zip(dense, reduced, strict=True)
-    ]
+    captions = [f"dense: {words(before)}\nreduced: {words(after)}" for before, after in pairs]
     return draw(loaded.pixels(images), traced, titles=titles, captions=captions)
 
 

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import mergence
 from mergence import family
 from mergence.family import ModelSpec
 from mergence.method import names
+from mergence.outputs import answer
 
 Output = Callable[[nn.Module, Tensor], Tensor]
 Snapshot = Callable[[nn.Module], object]
@@ -30,33 +32,43 @@ TINY = {
 KEEP_RATE = 0.7  # three reductions, each small enough for every method
 
 
-# A cut through the product: in pairs every model meets a method and every method a model, and
-# every method meets the first model.
+# The whole product would take half an hour. Methods do not know libraries and families do not know
+# methods, so two cuts through it are run. The fast one: in pairs every model meets a method and
+# every method a model, and every method meets the first model. The slow one: every method meets one
+# model a library, and every model one method of each sort (merges into what stays, merges pairs,
+# drops).
 KINDS = list(TINY)
 PAIRS = [
     (KINDS[i % len(KINDS)], names()[i % len(names())]) for i in range(max(len(KINDS), len(names())))
 ]
-CUT = [*PAIRS, *((KINDS[0], method) for method in names())]
+FIRST_OF_LIBRARY = [next(k for k in KINDS if k.startswith(f)) for f in family.registry()]
+SORTS = ("mergence", "tome", "topk")
+FAST = {*PAIRS, *((KINDS[0], method) for method in names())}
+SLOW = {*product(FIRST_OF_LIBRARY, names()), *product(KINDS, SORTS)}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full_product: run on every method x every model, not a cut")
+    config.addinivalue_line("markers", "full_product: run on the slow cut, too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Beyond the cut, only promises marked `full_product` run, and in the slow tier."""
+    """Beyond the fast cut, only promises marked `full_product` run, and in the slow tier."""
     dropped = []
     for item in items:
         chosen = getattr(getattr(item, "callspec", None), "params", {})
-        if not {"dense", "method"} <= chosen.keys() or (chosen["dense"], chosen["method"]) in CUT:
+        if not {"dense", "method"} <= chosen.keys():
             continue
-        if item.get_closest_marker("full_product"):
+        pair = chosen["dense"], chosen["method"]
+        if pair in FAST:
+            continue
+        if pair in SLOW and item.get_closest_marker("full_product"):
             item.add_marker("slow")
         else:
             dropped.append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item not in dropped]
+        gone = set(map(id, dropped))
+        items[:] = [item for item in items if id(item) not in gone]
 
 
 @cache
@@ -124,14 +136,27 @@ def spec() -> Callable[[nn.Module], ModelSpec]:
 
 @pytest.fixture(scope="session")
 def output() -> Output:
-    """Runs a model without gradients; its first output, whatever the library wraps it in."""
+    """Runs a model without gradients; its answer, whatever the library wraps it in."""
 
     def run(model: nn.Module, image: Tensor) -> Tensor:
         with torch.no_grad():
-            y = model(image)
-        return y if isinstance(y, Tensor) else y[0]
+            return answer(model(image))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def attend() -> Callable[[nn.Module, str], None]:
+    """Switches a model to fused ("sdpa") or explicit ("eager") attention where it has both."""
+
+    def switch(model: nn.Module, kernel: str) -> None:
+        if hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation(kernel)
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = kernel == "sdpa"
+
+    return switch
 
 
 @pytest.fixture(scope="session")

@@ -25,18 +25,17 @@ def test_keep_all_is_bit_identical(
         assert torch.equal(output(dense, image), expected), how
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_the_restated_block_is_bit_identical_when_it_reduces_nothing(
     dense: nn.Module,
-    fused: bool,
+    kernel: str,
     image: Tensor,
     output: Any,
     spec: Any,
+    attend: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in dense.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = fused
+    attend(dense, kernel)
     expected = output(dense, image)
     mergence.apply(dense, "topk", r=1)
     restated = []

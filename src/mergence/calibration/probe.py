@@ -13,6 +13,7 @@ from mergence import family
 from mergence.api import applied
 from mergence.distances import Distance
 from mergence.method import Method
+from mergence.outputs import answer
 from mergence.recipe import Recipe
 from mergence.schedule import Counts
 
@@ -74,7 +75,7 @@ class Probe:
                 if images is not None and done >= images:
                     break
                 with _resumed(self._blocks, inputs, first):
-                    reduced = self._model(batch).float()
+                    reduced = answer(self._model(batch)).float()
                 total += float(distance(dense, reduced).sum())
                 done += len(batch)
         return total / done
@@ -89,7 +90,7 @@ class Probe:
         with ExitStack() as hooks:
             for block in self._blocks:
                 hooks.enter_context(_removed(block.register_forward_pre_hook(remember)))
-            return self._model(batch).float(), inputs
+            return answer(self._model(batch)).float(), inputs
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergence.errors import ReducedOutputError, UnsupportedModelError
+from mergence.families._common import linear_macs, mean_by_size, randomised
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
 from mergence.state import Run, attach, attached
@@ -161,9 +161,7 @@ def _pool_by_size(model: Any, x: Tensor, size: Tensor, kind: str) -> Tensor:
     if model.attn_pool is not None:
         y: Tensor = model.attn_pool(x, attn_mask=size.log().to(x.dtype)[:, None, None, :])
         return y
-    share = (size / size.sum(dim=1, keepdim=True)).to(x.dtype)
-    # Not a matrix product: autocast would take that to half precision, unlike the dense mean.
-    mean = (share.unsqueeze(2) * x).sum(dim=1)
+    mean = mean_by_size(x, size)
     return mean if kind == "avg" else 0.5 * (x.amax(dim=1) + mean)
 
 
@@ -175,10 +173,6 @@ def _run(model: Any, image: Tensor) -> AbstractContextManager[Run]:
     return program.run.forward((rows, columns))
 
 
-def _linear_macs(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-
-
 class Timm(Family):
     """timm's `VisionTransformer` and `VisionTransformerDistilled`."""
 
@@ -188,8 +182,6 @@ class Timm(Family):
         "timm's VisionTransformer: ViT, DeiT, distilled DeiT, DeiT-3, DINOv2 with and without "
         "registers, CLIP and SigLIP image towers"
     )
-    model_mixin: ClassVar[type] = ReducedModel
-    block_mixin: ClassVar[type] = ReducedBlock
 
     def inspect(self, model: Any) -> ModelSpec:
         """Read a timm model; see `Family.inspect`."""
@@ -208,8 +200,8 @@ class Timm(Family):
         cost = ModelCost(
             blocks=tuple(
                 BlockCost(
-                    attention=_linear_macs(b.attn),
-                    mlp=_linear_macs(b.mlp),
+                    attention=linear_macs(b.attn),
+                    mlp=linear_macs(b.mlp),
                     width=b.attn.num_heads * b.attn.head_dim,
                 )
                 for b in blocks
@@ -220,7 +212,13 @@ class Timm(Family):
             stem=sum(p.numel() for p in model.patch_embed.parameters() if p.ndim > 1),
             **_head_cost(model),
         )
-        return ModelSpec(blocks, int(model.patch_embed.num_patches), cost)
+        return ModelSpec(
+            blocks=blocks,
+            patches=int(model.patch_embed.num_patches),
+            cost=cost,
+            block_mixin=ReducedBlock,
+            parts=((model, ReducedModel),),
+        )
 
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:
         """Tiny random models, one for each kind of timm model covered."""
@@ -249,32 +247,21 @@ class Timm(Family):
                     "patch_size": 16,
                 }
                 model: nn.Module = timm.create_model(architecture, **(options | size))
-                return _randomised(model).eval()
+                return randomised(model).eval()
 
             return build
 
         return {name: builder(*kind) for name, kind in kinds.items()}
 
 
-def _randomised(model: nn.Module) -> nn.Module:
-    # timm's initialisation is so small that tokens hardly differ; tests need tokens that do.
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.1
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise * scale)
-    return model
-
-
 def _head_cost(model: Any) -> dict[str, int]:
     heads = [model.head] + ([model.head_dist] if hasattr(model, "head_dist") else [])
-    head = sum(_linear_macs(h) for h in heads)
+    head = sum(linear_macs(h) for h in heads)
     if model.attn_pool is None:
         return {"head": head}
-    per_token = _linear_macs(model.attn_pool.kv) + 2 * model.embed_dim
+    per_token = linear_macs(model.attn_pool.kv) + 2 * model.embed_dim
     return {
-        "head": head + _linear_macs(model.attn_pool) - _linear_macs(model.attn_pool.kv),
+        "head": head + linear_macs(model.attn_pool) - linear_macs(model.attn_pool.kv),
         "head_per_token": per_token,
     }
 

@@ -1,0 +1,41 @@
+"""Evaluation and calibration read every library's outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mergence
+from mergence.calibration.probe import Probe
+from mergence.data import Batch
+from mergence.distances import kl_divergence
+from mergence.method import build
+
+
+@torch.no_grad()
+def test_evaluation_compares_answers(dense: nn.Module, image: Tensor, output: Any) -> None:
+    expected = output(dense, image).flatten(1)
+    labels = expected.argmax(dim=1)
+    recipe = mergence.recipe_of(mergence.apply(dense, macs=0.67))
+    mergence.remove(dense)
+    batch = Batch(image, labels, names=["one", "two"], skipped=[])
+    before, after = mergence.evaluate(dense, [batch], {"reduced": recipe}).results
+    assert before.top1 == 100
+    assert before.kl == pytest.approx(0, abs=1e-6)
+    assert after.kl > 1e-6
+
+
+@torch.no_grad()
+def test_a_measurement_that_starts_late_is_that_of_the_whole_model(
+    dense: nn.Module, image: Tensor, output: Any
+) -> None:
+    counts = [36, 36, 20, 20, 9, 9]
+    probe, expected = Probe(dense, [image]), output(dense, image)
+    with mergence.applied(dense, "mergence", schedule=counts):
+        direct = float(kl_divergence(expected, output(dense, image)).mean())
+    found = probe.mean(kl_divergence, build("mergence", {}), counts)
+    assert found == pytest.approx(direct, abs=1e-6)
+    assert direct > 0

@@ -1,0 +1,99 @@
+"""Restated transformers blocks against the library's own, to the last bit."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mergence.families.transformers import FAMILY, block_forward, scale_of
+
+KINDS = ("vit", "deit", "dinov2", "dinov2_reg", "clip", "siglip")
+RANDOM = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "attention_dropout",
+    "drop_path_rate",
+)
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def kernel(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, kernel: str) -> tuple[Any, Any]:
+    """A block of each architecture, with all the dropout it can have, and its restated forward."""
+    spec = FAMILY.inspect(FAMILY.tiny()[request.param]())
+    found, layout = spec.blocks[0], spec.block_mixin._mergence_layout
+    config = getattr(found, layout.attention).config
+    options = {name: 0.3 for name in RANDOM if hasattr(config, name)}
+    config = type(config)(**(config.to_dict() | options))
+    config._attn_implementation = kernel
+    block = type(found)(config)
+    block.load_state_dict(found.state_dict())
+    return block, partial(block_forward, block, layout)
+
+
+def keep(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return x
+
+
+def size_bias(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randint(1, 9, (4, 11)).to(dtype).log()[:, None, None, :]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "size bias"])
+def test_the_restated_block_is_bit_identical(kind: Any, biased: bool, training: bool) -> None:
+    block, restated = kind
+    block.train(training)
+    x, bias = torch.randn(4, 11, 48), size_bias() if biased else None
+    torch.manual_seed(5)
+    expected = block(x, bias)
+    torch.manual_seed(5)
+    assert torch.equal(restated(x, bias, keep), expected)
+    # The bias is no bystander.
+    assert not biased or not torch.equal(block.eval()(x, None), block(x, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_restated_block_is_bit_identical_in_other_dtypes(kind: Any, dtype: torch.dtype) -> None:
+    block, restated = kind
+    block.eval().to(dtype)
+    x, bias = torch.randn(4, 11, 48, dtype=dtype), size_bias(dtype)
+    assert torch.equal(restated(x, bias, keep), block(x, bias))
+
+
+def test_the_gradients_of_the_restated_block_are_bit_identical(kind: Any) -> None:
+    block, restated = kind
+    block.eval()
+    x, found = torch.randn(4, 11, 48), []
+    for run in (partial(block, attention_mask=None), partial(restated, bias=None, reduce=keep)):
+        block.zero_grad()
+        run(x).square().sum().backward()
+        found.append([p.grad.clone() for p in block.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kernel", ["eager"], indirect=True)
+def test_reduce_gets_the_queries_and_keys_of_the_attention(kind: Any) -> None:
+    block, restated = kind
+    block.eval()
+    attn: nn.Module = next(m for m in block.modules() if hasattr(m, "q_proj"))
+    seen: dict[str, Tensor] = {}
+
+    def look(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen["map"] = (q @ k.transpose(-2, -1) * scale_of(attn)).softmax(dim=-1)
+        return x
+
+    own: list[Tensor] = []
+    attn.register_forward_hook(lambda module, x, y: own.append(y[1]))
+    x = torch.randn(4, 11, 48)
+    block(x, None)
+    restated(x, None, look)
+    torch.testing.assert_close(seen["map"], own[0], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,205 @@
+"""Reduced models of transformers: outputs, heads, inputs, and the models that contain a tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import mergence
+from mergence.errors import ReducedOutputError, UnsupportedModelError
+from mergence.families._common import randomised
+from mergence.families._transformers import tiny_configuration
+from mergence.families.transformers import FAMILY
+from mergence.outputs import answer
+
+TEXT = torch.tensor([[1, 5, 9, 2], [1, 7, 3, 2], [1, 4, 4, 2]])
+
+
+@pytest.fixture
+def image() -> Tensor:
+    return torch.randn(2, 3, 96, 96)
+
+
+def tiny(kind: str) -> Any:
+    return FAMILY.tiny()[kind]()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["mergence", "tome"])
+@pytest.mark.parametrize("kind", FAMILY.tiny())
+def test_merging_equal_patches_changes_nothing(kind: str, method: str, kernel: str) -> None:
+    model = tiny(kind).double()
+    model.set_attn_implementation(kernel)
+    for name, parameter in model.named_parameters():
+        if "position_embedding" in name:
+            nn.init.zeros_(parameter)
+    image = torch.randn(2, 3, 16, 16, dtype=torch.float64).repeat(1, 1, 6, 6)
+    expected = answer(model(image))
+    mergence.apply(model, method, keep_rate=0.6, size_attention=True)
+    # Sizes and weights are float32.
+    torch.testing.assert_close(answer(model(image)), expected, rtol=1e-5, atol=1e-5)
+    mergence.apply(model, method, keep_rate=0.6, size_attention=False)
+    # Or there would be nothing to see: a merged token now draws too little attention.
+    if mergence.describe(model).prefix:
+        assert not torch.allclose(answer(model(image)), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_reg", "clip_classifier", "siglip_classifier"])
+def test_classifiers_average_by_size_and_towers_in_them_stay_plain(
+    kind: str, image: Tensor
+) -> None:
+    model = mergence.apply(tiny(kind).double(), keep_rate=0.6)
+    image = image.double()
+    tower = next(m for m in model.modules() if type(m).__name__.endswith("Model"))
+    prefix = mergence.describe(model).prefix
+    size = mergence.trace(model, image).points[-1].size.double()
+    assert (size > 1).any()
+    tokens = tower(image).last_hidden_state
+    mean = (tokens[:, prefix:] * size.unsqueeze(2)).sum(dim=1) / 36
+    features = torch.cat((tokens[:, 0], mean), dim=1) if "dino" in kind else mean
+    # log(size) and the shares are float32.
+    torch.testing.assert_close(
+        model(image).logits, model.classifier(features), rtol=1e-5, atol=1e-6
+    )
+    in_tuple = model(image, return_dict=False)
+    assert isinstance(in_tuple, tuple)
+    assert torch.equal(in_tuple[0], model(image).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", ["CLIPModel", "SiglipModel"])
+def test_models_of_image_and_text_are_reduced_directly(cls: str, image: Tensor) -> None:
+    config = tiny_configuration(cls.replace("Model", "Config"))
+    model = randomised(getattr(transformers, cls)(config)).eval()
+    keys = list(model.state_dict())
+    expected = model(TEXT, image)
+    embedding = model.get_image_features(image).pooler_output
+    mergence.apply(model, macs=1.0)
+    assert torch.equal(model(TEXT, image).logits_per_image, expected.logits_per_image)
+    mergence.apply(model, keep_rate=0.7)
+    assert mergence.describe(model).counts == (36, 26, 26, 19, 14, 14)
+    assert list(model.state_dict()) == keys
+    reduced = model(TEXT, image)
+    assert reduced.logits_per_image.shape == (2, 3)
+    assert reduced.logits_per_image.isfinite().all()
+    assert not torch.equal(reduced.image_embeds, expected.image_embeds)
+    assert torch.equal(reduced.text_embeds, expected.text_embeds)
+    found = model.get_image_features(image).pooler_output
+    assert not torch.equal(found, embedding)
+    with mergence.disabled(model):
+        assert torch.equal(model.get_image_features(image).pooler_output, embedding)
+    alone = mergence.apply(mergence.remove(model).vision_model, keep_rate=0.7)
+    pooled = alone(image).pooler_output
+    pooled = model.visual_projection(pooled) if cls == "CLIPModel" else pooled
+    assert torch.equal(pooled, found)
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_tokens_there_are(image: Tensor) -> None:
+    model = mergence.apply(tiny("vit"), keep_rate=0.7)
+    found = model(image, output_hidden_states=True)
+    counts = (36, *mergence.describe(model).counts)
+    assert [h.shape for h in found.hidden_states] == [(2, 1 + n, 48) for n in counts]
+    assert torch.equal(found.logits, model(image).logits)
+    with mergence.disabled(model):
+        dense = model(image, output_hidden_states=True).hidden_states
+    assert {h.shape for h in dense} == {(2, 37, 48)}
+    assert torch.equal(found.hidden_states[1], dense[1])
+
+
+@torch.no_grad()
+def test_attention_maps_are_refused_and_work_while_disabled(image: Tensor) -> None:
+    model = tiny("vit")
+    model.set_attn_implementation("eager")
+    mergence.apply(model, keep_rate=0.7)
+    with pytest.raises(ReducedOutputError, match=r"output_attentions.*mergence\.disabled"):
+        model(image, output_attentions=True)
+    with mergence.disabled(model):
+        assert model(image, output_attentions=True).attentions[5].shape == (2, 3, 37, 37)
+    model.config.output_attentions = True
+    with pytest.raises(ReducedOutputError, match="output_attentions"):
+        model(image)
+
+
+@torch.no_grad()
+def test_masks_are_refused_and_work_while_disabled(image: Tensor) -> None:
+    model, mask = tiny("vit"), torch.ones(2, 37, dtype=torch.long)
+    mask[:, 5] = 0
+    expected = model(image, attention_mask=mask).logits
+    mergence.apply(model, keep_rate=0.7)
+    with pytest.raises(ReducedOutputError, match=r"attention mask.*mergence\.disabled"):
+        model(image, attention_mask=mask)
+    with pytest.raises(ReducedOutputError, match="attention mask"):
+        model.vit(image, None, None, mask)
+    with mergence.disabled(model):
+        assert torch.equal(model(image, attention_mask=mask).logits, expected)
+
+
+@torch.no_grad()
+def test_attention_that_takes_no_sizes_is_refused(image: Tensor) -> None:
+    model = tiny("vit")
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UnsupportedModelError, match=r"'flex_attention'.*set_attn_impl.*'sdpa'"):
+        mergence.apply(model, macs=0.67)
+    model.set_attn_implementation("sdpa")
+    mergence.apply(model, macs=0.67)
+    model.vit.config._attn_implementation = "flex_attention"
+    with pytest.raises(ReducedOutputError, match=r"'flex_attention'.*set_attn_impl.*'sdpa'"):
+        model(image)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(64, 64), (128, 96)], ids=str)
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "clip", "siglip"])
+def test_other_image_sizes(kind: str, size: tuple[int, int]) -> None:
+    model, image = tiny(kind), torch.randn(2, 3, *size)
+    options = {} if kind == "dinov2" else {"interpolate_pos_encoding": True}
+    expected = answer(model(image, **options))
+    mergence.apply(model, macs=1.0)
+    assert torch.equal(answer(model(image, **options)), expected)
+    mergence.apply(model, keep_rate=0.5)
+    found = answer(model(image, **options))
+    assert found.shape == expected.shape
+    assert not torch.equal(found, expected)
+    assert mergence.apply(model, keep_rate=1.0)(image, **options)[0].isfinite().all()
+
+
+@torch.no_grad()
+def test_a_pooling_head_that_cannot_know_the_sizes_refuses(image: Tensor) -> None:
+    model = mergence.apply(tiny("siglip"), keep_rate=0.7)
+    tokens = model(image).last_hidden_state
+    with pytest.raises(ReducedOutputError, match=r"head.*by itself.*14 tokens.*mergence\.disabled"):
+        model.head(tokens)
+    with mergence.disabled(model):
+        assert model.head(tokens).shape == (2, 48)
+
+
+def test_a_foreign_block_is_refused() -> None:
+    class OtherLayer(nn.Identity):
+        attention = nn.Identity()
+
+    model = tiny("vit")
+    model.vit.layers[2] = OtherLayer()
+    with pytest.raises(UnsupportedModelError, match=r"Block 3 .* OtherLayer .* ViTLayer"):
+        mergence.apply(model, macs=0.67)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        ("SwinModel", {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}),
+        ("ConvNextModel", {"hidden_sizes": [8] * 4, "depths": [1] * 4}),
+        ("BeitModel", {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}),
+    ],
+)
+def test_what_has_no_plain_sequence_is_refused_by_name(cls: str, options: dict[str, Any]) -> None:
+    config = getattr(transformers, cls.replace("Model", "Config"))(**options)
+    model = getattr(transformers, cls)(config)
+    with pytest.raises(UnsupportedModelError, match=rf"{cls};.*Known:.*transformers' ViT"):
+        mergence.apply(model, macs=0.67)
