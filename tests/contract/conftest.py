@@ -34,16 +34,17 @@ KEEP_RATE = 0.7  # three reductions, each small enough for every method
 
 # The whole product would take half an hour. Methods do not know libraries and families do not know
 # methods, so two cuts through it are run. The fast one: in pairs every model meets a method and
-# every method a model, and every method meets the first model. The slow one: every method meets one
+# every method a model, and every method meets one plain model. The slow one: every method meets one
 # model a library, and every model one method of each sort (merges into what stays, merges pairs,
 # drops).
+PLAIN = "timm-vit"
 KINDS = list(TINY)
 PAIRS = [
     (KINDS[i % len(KINDS)], names()[i % len(names())]) for i in range(max(len(KINDS), len(names())))
 ]
 FIRST_OF_LIBRARY = [next(k for k in KINDS if k.startswith(f)) for f in family.registry()]
 SORTS = ("mergence", "tome", "topk")
-FAST = {*PAIRS, *((KINDS[0], method) for method in names())}
+FAST = {*PAIRS, *((PLAIN, method) for method in names())}
 SLOW = {*product(FIRST_OF_LIBRARY, names()), *product(KINDS, SORTS)}
 
 
@@ -97,14 +98,24 @@ def reduced(dense: nn.Module, method: str) -> nn.Module:
 @pytest.fixture(params=PAIRS, ids="-".join)
 def short_reduced(request: pytest.FixtureRequest, shorten: Any) -> nn.Module:
     """Each kind of model with one of the methods, and all methods among them, two blocks deep."""
-    kind, method = request.param
+    return _short(*request.param, shorten)
+
+
+# Export takes ten seconds: a part of the pairs, with models of every library in it.
+@pytest.fixture(params=PAIRS[::3], ids="-".join)
+def exportable(request: pytest.FixtureRequest, shorten: Any) -> nn.Module:
+    """Every third of the short models."""
+    return _short(*request.param, shorten)
+
+
+def _short(kind: str, method: str, shorten: Any) -> nn.Module:
     return mergence.apply(shorten(copy.deepcopy(_built(kind)), 2), method, keep_rate=KEEP_RATE)
 
 
 @pytest.fixture
 def vit() -> nn.Module:
     """One plain tiny model, where the kind of model makes no difference."""
-    return copy.deepcopy(_built("timm-vit"))
+    return copy.deepcopy(_built(PLAIN))
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 @pytest.mark.slow
 def test_the_exported_model_agrees_at_every_batch_size(
-    short_reduced: nn.Module, image: Tensor, output: Any
+    exportable: nn.Module, image: Tensor, output: Any
 ) -> None:
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(short_reduced, (image,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(exportable, (image,), dynamic_shapes=({0: batch},))
     exported = program.module()
     for other in (image, image[:1], torch.randn(5, 3, 96, 96)):
-        assert torch.equal(output(exported, other), output(short_reduced, other))
+        assert torch.equal(output(exported, other), output(exportable, other))

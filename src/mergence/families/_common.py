@@ -2,12 +2,89 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from mergence.errors import ReducedOutputError, UnsupportedModelError
+from mergence.family import qualified_names
+from mergence.step import BlockStep
+from mergence.surgery import LEARNED, original_class
+
+Reduce = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""What happens to tokens between attention and MLP, from them and the attention's q and k."""
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def reduced_forward(
+    block: Any,
+    x: Tensor,
+    dense: Callable[[Tensor, Tensor | None], Tensor],
+    restated: Callable[[Tensor, Tensor | None, Reduce], Tensor],
+    scale: float,
+) -> Tensor:
+    """A block's forward, with fewer tokens after it where the schedule says so.
+
+    Args:
+        block: The block, with its `BlockStep` attached.
+        x: `[B, P + N, C]` prefix and patch tokens.
+        dense: The library's forward, from tokens and size bias, for a block that removes none.
+        restated: The same restated, which calls `reduce(x, q, k)` between attention and MLP.
+        scale: The factor on the attention's logits.
+    """
+    step: BlockStep = block._mergence
+    carry = step.enter(x)
+    slots = step.slots(carry)
+    if slots is None:
+        y = dense(x, carry.bias)
+        step.leave(y, carry)
+        return y
+    after = carry
+
+    def reduce(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        nonlocal after
+        learned = getattr(block, LEARNED, None)
+        x, after = step.reduce(x, q, k, scale, carry, slots, learned)
+        return x
+
+    y = restated(x, carry.bias, reduce)
+    step.leave(y, after)
+    return y
+
+
+def keep(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The `Reduce` that changes nothing."""
+    return x
+
+
+def refuse_mask(given: bool) -> None:
+    """Refuse an attention mask.
+
+    Raises:
+        ReducedOutputError: There is one.
+    """
+    if given:
+        raise ReducedOutputError(
+            "A reduced model was given an attention mask. The mask speaks of the original tokens, "
+            "which are merged on the way. Call without a mask, or use mergence.disabled(model)."
+        )
+
+
+def require_class(module: nn.Module, allowed: str, what: str, supported: str) -> None:
+    """Check that a part of a model is the one whose forward is restated.
+
+    Raises:
+        UnsupportedModelError: It is another one.
+    """
+    found = qualified_names(original_class(module))[0]
+    if found != allowed:
+        raise UnsupportedModelError(
+            f"{what} is a {found}; mergence restates the forward of {allowed} and would compute "
+            f"something else. Known: {supported}."
+        )
 
 
 def linear_macs(module: nn.Module) -> int:

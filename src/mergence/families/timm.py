@@ -7,18 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergence.errors import ReducedOutputError, UnsupportedModelError
-from mergence.families._common import linear_macs, mean_by_size, randomised
-from mergence.family import Family, ModelSpec, qualified_names
+from mergence.families._common import (
+    Reduce,
+    linear_macs,
+    mean_by_size,
+    randomised,
+    reduced_forward,
+    refuse_mask,
+    require_class,
+)
+from mergence.family import Family, ModelSpec
 from mergence.macs import BlockCost, ModelCost
 from mergence.state import Run, attach, attached
 from mergence.step import BlockStep, Program
-from mergence.surgery import LEARNED, original_class
 
 _VIT = "timm.models.vision_transformer."
 _ATTENTION = "timm.layers.attention.Attention"
@@ -49,9 +57,7 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     return y, q, k
 
 
-def block_forward(
-    block: Any, x: Tensor, bias: Tensor | None, reduce: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> Tensor:
+def block_forward(block: Any, x: Tensor, bias: Tensor | None, reduce: Reduce) -> Tensor:
     """Timm's `Block.forward`, restated with `reduce(x, q, k)` between attention and MLP."""
     y, q, k = attention(block.attn, block.norm1(x), bias)
     x = x + block.drop_path1(block.ls1(y))
@@ -72,30 +78,14 @@ class ReducedBlock:
         if step.program.run.disabled:
             y: Tensor = dense.forward(x, attn_mask=attn_mask, is_causal=is_causal)
             return y
-        if attn_mask is not None or is_causal:
-            raise ReducedOutputError(
-                "A reduced model was given an attention mask. The mask speaks of the original "
-                "tokens, which are merged on the way. Call without a mask, or use "
-                "mergence.disabled(model)."
-            )
-        carry = step.enter(x)
-        slots = step.slots(carry)
-        if slots is None:
-            x = dense.forward(x, attn_mask=carry.bias)
-            step.leave(x, carry)
-            return x
-
-        after = carry
-
-        def reduce(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            nonlocal after
-            learned = getattr(self, LEARNED, None)
-            x, after = step.reduce(x, q, k, self.attn.scale, carry, slots, learned)
-            return x
-
-        x = block_forward(self, x, carry.bias, reduce)
-        step.leave(x, after)
-        return x
+        refuse_mask(attn_mask is not None or is_causal)
+        return reduced_forward(
+            self,
+            x,
+            lambda x, bias: dense.forward(x, attn_mask=bias),
+            partial(block_forward, self),
+            self.attn.scale,
+        )
 
 
 class ReducedModel:
@@ -186,11 +176,11 @@ class Timm(Family):
     def inspect(self, model: Any) -> ModelSpec:
         """Read a timm model; see `Family.inspect`."""
         for index, block in enumerate(model.blocks, start=1):
-            _require(block, (_VIT + "Block",), f"block {index}")
-            _require(block.attn, (_ATTENTION,), f"the attention of block {index}")
-        _require(model.patch_embed, (_EMBED,), "the patch embedding")
+            self._require(block, _VIT + "Block", f"block {index}")
+            self._require(block.attn, _ATTENTION, f"the attention of block {index}")
+        self._require(model.patch_embed, _EMBED, "the patch embedding")
         if model.attn_pool is not None:
-            _require(model.attn_pool, (_POOL,), "the attention pool")
+            self._require(model.attn_pool, _POOL, "the attention pool")
         if not isinstance(model.patch_drop, nn.Identity):
             raise UnsupportedModelError(
                 "The model drops random patches in training (patch_drop_rate > 0), so patches have "
@@ -219,6 +209,10 @@ class Timm(Family):
             block_mixin=ReducedBlock,
             parts=((model, ReducedModel),),
         )
+
+    def _require(self, module: nn.Module, allowed: str, what: str) -> None:
+        what = f"In this {_VIT}VisionTransformer, {what}"
+        require_class(module, allowed, what, self.supported)
 
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:
         """Tiny random models, one for each kind of timm model covered."""
@@ -264,15 +258,6 @@ def _head_cost(model: Any) -> dict[str, int]:
         "head": head + linear_macs(model.attn_pool) - linear_macs(model.attn_pool.kv),
         "head_per_token": per_token,
     }
-
-
-def _require(module: nn.Module, allowed: tuple[str, ...], what: str) -> None:
-    found = qualified_names(original_class(module))[0]
-    if found not in allowed:
-        raise UnsupportedModelError(
-            f"In this {_VIT}VisionTransformer, {what} is a {found}; mergence restates the forward "
-            f"of {', '.join(allowed)} and would compute something else. Known: {Timm.supported}."
-        )
 
 
 FAMILY = Timm()

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergence.errors import ReducedOutputError, UnsupportedModelError
-from mergence.families._common import linear_macs
+from mergence.families._common import (
+    Reduce,
+    linear_macs,
+    reduced_forward,
+    refuse_mask,
+    require_class,
+)
 from mergence.families._transformers import (
     CLIP,
     CONTAINERS,
@@ -32,7 +38,7 @@ from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
 from mergence.state import Run
 from mergence.step import BlockStep, Program
-from mergence.surgery import LEARNED, original_class
+from mergence.surgery import original_class
 
 _ADDITIVE = ("sdpa", "eager")
 
@@ -72,7 +78,7 @@ def block_forward(
     layout: Layout,
     x: Tensor,
     bias: Tensor | None,
-    reduce: Callable[[Tensor, Tensor, Tensor], Tensor],
+    reduce: Reduce,
     **options: Any,
 ) -> Tensor:
     """`forward` of the library's blocks, restated with `reduce(x, q, k)` before the MLP."""
@@ -104,27 +110,19 @@ class ReducedBlock:
             return y
         # While it is traced for export, the library writes out a mask that hides nothing.
         if not torch.compiler.is_compiling():
-            _refuse_mask(attention_mask)
-        attn = getattr(self, self._mergence_layout.attention)
-        carry = step.enter(hidden_states)
-        slots = step.slots(carry)
-        if slots is None:
-            mask = attention_mask if carry.size is None else carry.bias
-            x: Tensor = dense.forward(hidden_states, mask, **options)
-            step.leave(x, carry)
-            return x
+            refuse_mask(attention_mask is not None)
+        layout = self._mergence_layout
 
-        after = carry
+        def restated(x: Tensor, bias: Tensor | None, reduce: Reduce) -> Tensor:
+            return block_forward(self, layout, x, bias, reduce, **options)
 
-        def reduce(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            nonlocal after
-            learned = getattr(self, LEARNED, None)
-            x, after = step.reduce(x, q, k, scale_of(attn), carry, slots, learned)
-            return x
-
-        x = block_forward(self, self._mergence_layout, hidden_states, carry.bias, reduce, **options)
-        step.leave(x, after)
-        return x
+        return reduced_forward(
+            self,
+            hidden_states,
+            lambda x, bias: dense.forward(x, bias, **options),
+            restated,
+            scale_of(getattr(self, layout.attention)),
+        )
 
 
 class ReducedViTBlock(ReducedBlock):
@@ -161,7 +159,7 @@ class ReducedTower:
         image = inputs[0] if inputs else options.get(self.main_input_name)
         if run.disabled or image is None:  # without an image the library says what is missing
             return dense.forward(*inputs, **options)
-        _refuse_mask(options.get("attention_mask"))
+        refuse_mask(options.get("attention_mask") is not None)
         _require_additive(self.config, ReducedOutputError)
         if options.get("output_attentions", self.config.output_attentions):
             raise ReducedOutputError(
@@ -235,14 +233,6 @@ def _times_size(x: Tensor, size: Tensor) -> Tensor:
     return x * F.pad(factor, (prefix, 0), value=1.0).to(x.dtype).unsqueeze(2)
 
 
-def _refuse_mask(mask: Tensor | None) -> None:
-    if mask is not None:
-        raise ReducedOutputError(
-            "A reduced model was given an attention mask. The mask speaks of the original tokens, "
-            "which are merged on the way. Call without a mask, or use mergence.disabled(model)."
-        )
-
-
 def _pair(side: Any) -> tuple[int, int]:
     rows, columns = side if isinstance(side, (list, tuple)) else (side, side)
     return rows, columns
@@ -281,13 +271,10 @@ class Transformers(Family):
         blocks = tuple(tower.get_submodule(kind.blocks))
         for index, block in enumerate(blocks, start=1):
             attn = getattr(block, kind.layout.attention, block)
-            for module, cls in ((block, kind.block), (attn, kind.attention)):
-                if original_class(module).__name__ != cls:
-                    raise UnsupportedModelError(
-                        f"Block {index} of this {type(tower).__name__} has a "
-                        f"{original_class(module).__name__} where mergence restates the forward of "
-                        f"a {cls}, and would compute something else. Known: {self.supported}."
-                    )
+            home, where = type(tower).__module__, f"of this {type(tower).__name__}"
+            require_class(block, f"{home}.{kind.block}", f"Block {index} {where}", self.supported)
+            what = f"The attention of block {index} {where}"
+            require_class(attn, f"{home}.{kind.attention}", what, self.supported)
         parts: list[tuple[nn.Module, type]] = [(tower, ReducedTower)]
         head = getattr(tower, kind.head, None) if kind.head else None
         if head is not None:

@@ -1,0 +1,139 @@
+"""torchvision's Vision Transformers: vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14.
+
+Written against torchvision 0.29.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from mergence.families._common import (
+    Reduce,
+    keep,
+    linear_macs,
+    randomised,
+    reduced_forward,
+    require_class,
+)
+from mergence.families._multihead import attention, scale_of
+from mergence.family import Family, ModelSpec
+from mergence.macs import BlockCost, ModelCost
+from mergence.step import BlockStep, Program
+
+_VIT = "torchvision.models.vision_transformer."
+
+
+def block_forward(block: Any, x: Tensor, bias: Tensor | None, reduce: Reduce) -> Tensor:
+    """`EncoderBlock.forward`, restated with `reduce(x, q, k)` between attention and MLP."""
+    y, q, k = attention(block.self_attention, block.ln_1(x), bias)
+    x = reduce(x + block.dropout(y), q, k)
+    z: Tensor = x + block.mlp(block.ln_2(x))
+    return z
+
+
+class ReducedBlock:
+    """Mixed into `EncoderBlock`."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        """The block's forward, with fewer tokens after it where the schedule says so."""
+        step: BlockStep = self._mergence
+        dense: Any = super()
+        if step.program.run.disabled:
+            y: Tensor = dense.forward(input)
+            return y
+        restated = partial(block_forward, self)
+
+        def library(x: Tensor, bias: Tensor | None) -> Tensor:
+            # The library's own has no way in for a bias.
+            y: Tensor = dense.forward(x) if bias is None else restated(x, bias, keep)
+            return y
+
+        return reduced_forward(self, input, library, restated, scale_of(self.self_attention))
+
+
+class ReducedModel:
+    """Mixed into `VisionTransformer`."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """The model's forward, as one run."""
+        dense: Any = super()
+        program: Program = self._mergence
+        grid = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+        with program.run.forward(grid):
+            y: Tensor = dense.forward(x)
+            return y
+
+
+class Torchvision(Family):
+    """torchvision's `VisionTransformer`."""
+
+    name: ClassVar[str] = "torchvision"
+    models: ClassVar[tuple[str, ...]] = (_VIT + "VisionTransformer",)
+    supported: ClassVar[str] = "torchvision's VisionTransformer: vit_b_16, vit_b_32, vit_l_16, ..."
+
+    def inspect(self, model: Any) -> ModelSpec:
+        """Read a model of torchvision; see `Family.inspect`."""
+        blocks = tuple(model.encoder.layers)
+        for index, block in enumerate(blocks, start=1):
+            require_class(block, _VIT + "EncoderBlock", f"Block {index}", self.supported)
+            require_class(
+                block.self_attention,
+                "torch.nn.modules.activation.MultiheadAttention",
+                f"The attention of block {index}",
+                self.supported,
+            )
+        return ModelSpec(
+            blocks=blocks,
+            patches=model.seq_length - 1,
+            cost=ModelCost(
+                blocks=tuple(
+                    BlockCost(
+                        attention=linear_macs(block.self_attention),
+                        mlp=linear_macs(block.mlp),
+                        width=model.hidden_dim,
+                    )
+                    for block in blocks
+                ),
+                prefix=1,
+                dim=model.hidden_dim,
+                head_dim=blocks[0].self_attention.head_dim,
+                stem=_stem_macs(model),
+                head=linear_macs(model.heads),
+            ),
+            block_mixin=ReducedBlock,
+            parts=((model, ReducedModel),),
+        )
+
+    def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """Tiny random models, one for each kind covered."""
+
+        def build(**options: Any) -> nn.Module:
+            from torchvision.models import VisionTransformer
+
+            size = {"image_size": 96, "patch_size": 16, "num_layers": 6, "num_heads": 3}
+            model: nn.Module = VisionTransformer(**size, hidden_dim=48, mlp_dim=192, **options)
+            return randomised(model).eval()
+
+        return {
+            "vit": partial(build, num_classes=5),
+            "vit_representation": partial(build, num_classes=5, representation_size=24),
+        }
+
+
+def _stem_macs(model: Any) -> int:
+    """Multiply-adds of the stem for one patch, of one or several convolutions."""
+    convolutions = [m for m in model.conv_proj.modules() if isinstance(m, nn.Conv2d)]
+    side, macs = model.image_size, 0
+    for convolution in convolutions:
+        side = (side + 2 * convolution.padding[0] - convolution.kernel_size[0]) // (
+            convolution.stride[0]
+        ) + 1
+        macs += side**2 * convolution.weight.numel()
+    return int(macs // (model.seq_length - 1))
+
+
+FAMILY = Torchvision()
