@@ -15,7 +15,7 @@ from mergence.api import applied, describe, disabled
 from mergence.data import Batch, Skipped
 from mergence.devices import synchronise, warn_of_slow_type
 from mergence.distances import kl_divergence
-from mergence.errors import DataError
+from mergence.errors import DataError, OptionError
 from mergence.macs import count
 from mergence.outputs import answer
 from mergence.recipe import Recipe
@@ -120,8 +120,10 @@ def evaluate(
 
     Raises:
         DataError: No image could be read.
+        OptionError: The model gives no class scores.
         MergenceError: A recipe does not fit the model.
     """
+    classes_of(model)
     warn_of_slow_type(torch.device(device), dtype)
     model = model.to(device=device, dtype=dtype).eval()
     runs: dict[str, Recipe | None] = {DENSE: None, **recipes}
@@ -158,6 +160,21 @@ def evaluate(
 
     results = tuple(result(name, recipe) for name, recipe in runs.items())
     return Evaluation(model_name, data_name, images, tuple(skipped), results)
+
+
+def classes_of(model: nn.Module) -> int:
+    """How many classes a model tells apart.
+
+    Raises:
+        OptionError: It gives no class scores, so that there is nothing to evaluate.
+    """
+    classes = family.find(model).inspect(model).classes
+    if not classes:
+        raise OptionError(
+            f"This {type(model).__name__} answers with an embedding, and evaluation compares class "
+            "scores. Give it a classifier; calibrate, bench and trace take it as it is."
+        )
+    return classes
 
 
 def _run_batch(

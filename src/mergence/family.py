@@ -28,6 +28,7 @@ class ModelSpec:
         block_mixin: Mixed into each block: reduces between attention and MLP.
         parts: Other modules with what is mixed into each: the model itself (marks forwards), the
             tower inside it, heads that pool by size.
+        classes: How many class scores it gives; 0 where it answers with an embedding or tokens.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -35,6 +36,7 @@ class ModelSpec:
     cost: ModelCost
     block_mixin: type
     parts: tuple[tuple[nn.Module, type], ...]
+    classes: int
 
 
 class Family(ABC):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mergence import family
 from mergence.api import applied, disabled
 from mergence.errors import DataError, MissingExtraError, OptionError
 from mergence.outputs import answer
@@ -154,7 +155,7 @@ def explain(loaded: LoadedModel, images: Tensor, recipe: Recipe, titles: Sequenc
     """Reduce a model, run it on images and draw what happened, with both models' answers.
 
     Args:
-        loaded: A classifier; it is left as it was.
+        loaded: A model; it is left as it was. Where it classifies, its answers are written down.
         images: `[B, C, H, W]`, transformed for the model.
         recipe: How to reduce it.
         titles: What to write above the answers, one an image.
@@ -170,7 +171,9 @@ def explain(loaded: LoadedModel, images: Tensor, recipe: Recipe, titles: Sequenc
         probability, index = logits.float().softmax(0).max(0)
         return f"{loaded.label(int(index))} {float(probability):.0%}"
 
-    captions = [f"dense: {words(before)}\nreduced: {words(after)}" for before, after in pairs]
+    captions = None
+    if family.find(model).inspect(model).classes:
+        captions = [f"dense: {words(before)}\nreduced: {words(after)}" for before, after in pairs]
     return draw(loaded.pixels(images), traced, titles=titles, captions=captions)
 
 

@@ -16,12 +16,20 @@ from mergence.method import build
 
 
 @torch.no_grad()
-def test_evaluation_compares_answers(dense: nn.Module, image: Tensor, output: Any) -> None:
+def test_evaluation_compares_answers(
+    dense: nn.Module, image: Tensor, output: Any, spec: Any
+) -> None:
     expected = output(dense, image).flatten(1)
     labels = expected.argmax(dim=1)
+    found = spec(dense)
     recipe = mergence.recipe_of(mergence.apply(dense, macs=0.67))
     mergence.remove(dense)
     batch = Batch(image, labels, names=["one", "two"], skipped=[])
+    if not found.classes:
+        with pytest.raises(mergence.MergenceError, match="answers with an embedding"):
+            mergence.evaluate(dense, [batch], {"reduced": recipe})
+        return
+    assert found.classes == expected.shape[1]
     before, after = mergence.evaluate(dense, [batch], {"reduced": recipe}).results
     assert before.top1 == 100
     assert before.kl == pytest.approx(0, abs=1e-6)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergence import surgery
+from mergence import family, surgery
 from mergence.api import applied, remove
 from mergence.calibration.effort import Work
 from mergence.calibration.latency import budget_for, share_of_time
@@ -204,7 +204,7 @@ def _compared(
 
 
 def _objective_of(model: nn.Module) -> Objective:
-    return "kl" if getattr(model, "num_classes", 0) > 1 else "cosine"
+    return "kl" if family.find(model).inspect(model).classes > 1 else "cosine"
 
 
 def _check(

@@ -43,7 +43,7 @@ def evaluate(
         transform=loaded.transform,
         mode=loaded.mode,
         class_names=loaded.label_names,
-        num_classes=getattr(loaded.model, "num_classes", None),
+        num_classes=evaluation.classes_of(loaded.model),
         limit=limit,
         seed=seed,
     )

@@ -21,7 +21,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="timm:NAME, timm-random:NAME, local-dir:PATH (timm's hub layout) or demo.",
+        help="timm:NAME, timm-random:NAME, local-dir:PATH (timm's hub layout), hf:NAME_OR_PATH, "
+        "torchvision:NAME, open_clip:NAME/WEIGHTS or demo.",
     ),
 ]
 Methods = Annotated[

@@ -148,9 +148,8 @@ class OpenClip(Family):
         if _TIMM_TOWER in kind:
             trunk = tower.trunk
             spec = families.find(trunk).inspect(trunk)
-            spec = replace(
-                spec, cost=replace(spec.cost, head=spec.cost.head + linear_macs(tower.head))
-            )
+            cost = replace(spec.cost, head=spec.cost.head + linear_macs(tower.head))
+            spec = replace(spec, cost=cost, classes=0)
         elif _TOWER in kind:
             spec = self._inspect_tower(tower)
         else:
@@ -210,6 +209,7 @@ class OpenClip(Family):
             ),
             block_mixin=ReducedBlock,
             parts=tuple(parts),
+            classes=0,
         )
 
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:

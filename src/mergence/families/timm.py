@@ -208,6 +208,7 @@ class Timm(Family):
             cost=cost,
             block_mixin=ReducedBlock,
             parts=((model, ReducedModel),),
+            classes=model.num_classes,
         )
 
     def _require(self, module: nn.Module, allowed: str, what: str) -> None:

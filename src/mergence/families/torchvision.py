@@ -86,6 +86,7 @@ class Torchvision(Family):
                 f"The attention of block {index}",
                 self.supported,
             )
+        heads = [m for m in model.heads.modules() if isinstance(m, nn.Linear)]
         return ModelSpec(
             blocks=blocks,
             patches=model.seq_length - 1,
@@ -106,6 +107,7 @@ class Torchvision(Family):
             ),
             block_mixin=ReducedBlock,
             parts=((model, ReducedModel),),
+            classes=heads[-1].out_features if heads else 0,
         )
 
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:

@@ -289,6 +289,7 @@ class Transformers(Family):
             cost=_cost(tower, kind, head, heads),
             block_mixin=BLOCK_MIXINS[kind.layout],
             parts=tuple(parts),
+            classes=model.num_labels if "ForImageClassification" in type(model).__name__ else 0,
         )
 
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:

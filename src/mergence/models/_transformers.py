@@ -1,0 +1,111 @@
+"""Models of transformers, from a folder, the cache or the hub."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from mergence.errors import CheckpointError, UnsupportedModelError
+from mergence.models._loaded import Built, LoadedModel
+from mergence.models._weights import first_line, read_weights
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What takes an image and nothing else, of what a checkpoint of image and text holds.
+_TOWERS = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipVisionModel"}
+
+
+def named(name: str, checkpoint: Path | None) -> Built:
+    """`hf:NAME_OR_PATH`: the class that the checkpoint names, or the image tower of it.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it lacks weights.
+        UnsupportedModelError: It is no image model, or one for other than colour images.
+    """
+    import transformers
+
+    folder = Path(name).expanduser()
+    place = str(folder) if folder.is_dir() else name
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(place)
+        processor: Any = transformers.AutoImageProcessor.from_pretrained(place)
+    except Exception as error:  # whatever transformers, the hub client and the network raise
+        raise _unavailable(name, error) from error
+    cls = _class(name, config)
+    if checkpoint is None:
+        source, options = place, {}
+    else:
+        # Through the library's own reader, because it saves under older names than it uses.
+        state = read_weights(checkpoint.expanduser(), f"hf:{name}")
+        options = {"config": cls.config_class.from_pretrained(place), "state_dict": state}
+        source = None
+    try:
+        model, info = cls.from_pretrained(source, output_loading_info=True, **options)
+    except Exception as error:
+        raise _unavailable(name, error) from error
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"'{checkpoint or f'hf:{name}'}' holds no weights for {len(missing)} parameters of "
+            f"{cls.__name__} ({missing[0]}, ...), which would stay random. Use a checkpoint that "
+            "was saved from this class."
+        )
+    if model.config.num_channels != 3:
+        raise UnsupportedModelError(
+            f"'hf:{name}' takes images of {model.config.num_channels} channels. "
+            "Use one with 3 (RGB)."
+        )
+    return Built(model, None, partial(_describe, processor=processor))
+
+
+def _class(name: str, config: Any) -> Any:
+    import transformers
+
+    from mergence.family import registry
+
+    family = registry()["transformers"]
+    known = {model.rpartition(".")[2] for model in family.models}
+    saved = (getattr(config, "architectures", None) or ["?"])[0]
+    if saved not in known:
+        raise UnsupportedModelError(
+            f"'hf:{name}' was saved from the class {saved}. Known: {family.supported}."
+        )
+    return getattr(transformers, _TOWERS.get(saved, saved))
+
+
+def _unavailable(name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"The model 'hf:{name}' cannot be had: {first_line(error)} "
+        "Pass a folder that save_pretrained wrote, model and image processor, or the name of a "
+        "model in the hub or its cache."
+    )
+
+
+def _describe(model: Any, spec: str, *, processor: Any) -> LoadedModel:
+    from PIL.Image import new
+
+    config = model.config
+    transform = partial(_pixels, processor=processor)
+    channels, height, width = transform(new("RGB", (256, 256))).shape
+    classifies = "ForImageClassification" in type(model).__name__
+    names = [str(config.id2label[i]) for i in range(config.num_labels)] if classifies else []
+    said = any(label != f"LABEL_{i}" for i, label in enumerate(names))
+    normalised = getattr(processor, "do_normalize", False)
+    return LoadedModel(
+        model=model,
+        name=spec,
+        transform=transform,
+        mode="RGB",
+        label_names=tuple(names) if said else None,
+        input_size=(channels, height, width),
+        mean=tuple(processor.image_mean) if normalised else (0.0,) * 3,
+        std=tuple(processor.image_std) if normalised else (1.0,) * 3,
+    )
+
+
+def _pixels(image: Image, *, processor: Any) -> Tensor:
+    pixels: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    return pixels

@@ -1,0 +1,81 @@
+"""Weights from a file, checked against the model before any of them is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from mergence.errors import CheckpointError
+
+_HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Where training scripts keep the weights in their files, the better ones first."""
+
+
+def load_weights(model: nn.Module, file: Path, spec: str) -> None:
+    """Load a .safetensors file, or a PyTorch file of tensors only, into a model.
+
+    Raises:
+        CheckpointError: The file is missing, damaged or made for another model.
+    """
+    state = read_weights(file, spec)
+    own = model.state_dict()
+    shapes = [
+        f"{key} {list(getattr(state[key], 'shape', ()))} instead of {list(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if getattr(state[key], "shape", None) != own[key].shape
+    ]
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": sorted(shapes),
+    }
+    if found := "; ".join(f"{len(p)} {what} ({_few(p)})" for what, p in problems.items() if p):
+        raise CheckpointError(
+            f"'{file}' does not fit '{spec}': {found}. Name the architecture that the weights were "
+            "made for; for another number of classes, put them beside a config.json that says it "
+            "and use local-dir:PATH."
+        )
+    model.load_state_dict(state)
+
+
+def read_weights(file: Path, spec: str) -> dict[str, Any]:
+    """Read a .safetensors file, or a PyTorch file of tensors only.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    if not file.is_file():
+        raise CheckpointError(
+            f"The weights of '{spec}' are missing: there is no file '{file}'. "
+            "Put it there, or name another one with --checkpoint F (in Python: checkpoint=F)."
+        )
+    try:
+        return _read(file)
+    except Exception as error:  # damaged bytes fail in as many ways as the readers have
+        raise CheckpointError(
+            f"'{file}' cannot be read as weights ({type(error).__name__}: {first_line(error)}). "
+            "It must be an undamaged .safetensors file, or a PyTorch file that holds tensors only "
+            "(code in a file from elsewhere is never run). Download or save it again."
+        ) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = next((content[key] for key in _HOLDERS if key in content), content)
+    # What DistributedDataParallel and torch.compile put in front.
+    return {key.removeprefix("module.").removeprefix("_orig_mod."): v for key, v in state.items()}
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).partition("\n")[0]
