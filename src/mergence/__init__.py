@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mergence.method import Method, register
     from mergence.plan import MergePlan, TokenView
     from mergence.recipe import Recipe
+    from mergence.restoring import restore
     from mergence.schedule import Constant, Counts, KeepRate, Macs, Ramp
     from mergence.tracing import trace
 
@@ -32,6 +33,7 @@ _HOME = {
     "method": ("Method", "register"),
     "plan": ("MergePlan", "TokenView"),
     "recipe": ("Recipe",),
+    "restoring": ("restore",),
     "schedule": ("Constant", "Counts", "KeepRate", "Macs", "Ramp"),
     "tracing": ("trace",),
 }
@@ -58,6 +60,7 @@ __all__ = [
     "recipe_of",
     "register",
     "remove",
+    "restore",
     "trace",
 ]
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergence.plan import compose
+
 _ATTRIBUTE = "_mergence_carry"
 
 
@@ -31,14 +33,32 @@ class Carry:
             reduction.
         bias: `[B, 1, 1, P + N]` log(size) with zeros for the prefix tokens, which size attention
             adds to the logits; None before the first reduction or without size attention.
-        source: `[B, patches]` slot of each patch, kept only while tracing.
+        slots: The map of each reduction so far, `[B, N]` slot of each token or -1. Kept as they are
+            and composed when asked, so that a forward nobody asks pays nothing.
     """
 
     patches: int
     grid: tuple[int, int] | None = None
     size: Tensor | None = None
     bias: Tensor | None = None
-    source: Tensor | None = None
+    slots: tuple[Tensor, ...] = ()
+
+    def source(self, tokens: int) -> Tensor | None:
+        """The source map at the place where so many patch tokens were left.
+
+        Every reduction removes tokens, so their number tells the place.
+
+        Args:
+            tokens: Patch tokens there.
+
+        Returns:
+            `[B, patches]` slot of each patch, -1 where dropped; None where none was reduced yet.
+        """
+        source = None
+        for slot in self.slots:
+            if slot.shape[1] > tokens:
+                source = slot if source is None else compose(source, slot)
+        return source
 
 
 class Run(threading.local):

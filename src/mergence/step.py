@@ -13,7 +13,7 @@ from mergence.errors import MergenceError, ReducedOutputError, ScheduleError
 from mergence.importance import attention_from, attention_received
 from mergence.macs import Macs, ModelCost, ReductionCost, count
 from mergence.method import Method
-from mergence.plan import TokenView, compose
+from mergence.plan import TokenView
 from mergence.schedule import Schedule, Setting
 from mergence.state import Carry, Run, attach, attached
 
@@ -233,9 +233,8 @@ class BlockStep:
             bias = None
             if method.size_attention:
                 bias = _size_bias(merged_size, prefix, x.dtype, method.size_attention)
-        after = replace(carry, size=merged_size, bias=bias)
+        after = replace(carry, size=merged_size, bias=bias, slots=(*carry.slots, plan.slot))
         if observer is not None:
-            after = replace(after, source=_follow(carry, plan.slot))
             observer.reduced(self.index + 1, after, plan, importance)
         return torch.cat((front, merged), dim=1), after
 
@@ -243,7 +242,3 @@ class BlockStep:
 def _size_bias(size: Tensor, prefix: int, dtype: torch.dtype, factor: float) -> Tensor:
     bias = nn.functional.pad(factor * size.log(), (prefix, 0))
     return bias.to(dtype)[:, None, None, :]
-
-
-def _follow(carry: Carry, slot: Tensor) -> Tensor:
-    return slot if carry.source is None else compose(carry.source, slot)

@@ -57,7 +57,8 @@ class _Observer:
     points: list[ReductionPoint] = field(default_factory=list)
 
     def reduced(self, block: int, after: Carry, plan: MergePlan, importance: Tensor) -> None:
-        if after.source is None or after.size is None:
+        source_after = after.source(plan.slots)
+        if source_after is None or after.size is None:
             raise MergenceError("A reduction was observed without its books; this is a bug.")
         batch, tokens = plan.slot.shape
         if self.points:
@@ -68,7 +69,7 @@ class _Observer:
         self.points.append(
             ReductionPoint(
                 block=block,
-                source=after.source,
+                source=source_after,
                 size=after.size,
                 anchor=anchor.gather(1, _most_important(plan, importance)),
                 importance=torch.where(source < 0, torch.nan, at_patch),

@@ -91,19 +91,6 @@ def test_autocast_pools_in_the_precision_of_the_dense_head(head: str, small: Any
 
 
 @torch.no_grad()
-def test_intermediates_are_refused_and_work_while_disabled(model: Any, image: Tensor) -> None:
-    expected = model.forward_intermediates(image, indices=2)
-    mergence.apply(model, "mergence", keep_rate=0.6)
-    for ask in (model.forward_intermediates, model.get_intermediate_layers):
-        with pytest.raises(ReducedOutputError, match=r"mergence\.disabled.*mergence\.trace"):
-            ask(image)
-    with mergence.disabled(model):
-        final, maps = model.forward_intermediates(image, indices=2)
-    assert torch.equal(final, expected[0])
-    assert all(torch.equal(a, b) for a, b in zip(maps, expected[1], strict=True))
-
-
-@torch.no_grad()
 def test_masks_are_refused_and_work_while_disabled(small: Any, image: Tensor) -> None:
     model, mask = small(), torch.zeros(17, 17, dtype=torch.float64)
     mask[:, 3] = -10.0

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("multiscale",),
     ("methods",),
     ("state", "surgery", "report"),
+    ("restoring",),
     ("step",),
     ("families", "tracing"),
     ("recipe",),

@@ -25,6 +25,7 @@ from mergence.families._common import (
 )
 from mergence.family import Family, ModelSpec
 from mergence.macs import BlockCost, ModelCost
+from mergence.restoring import restored
 from mergence.state import Run, attach, attached
 from mergence.step import BlockStep, Program
 
@@ -110,16 +111,52 @@ class ReducedModel:
             attach(y, run.known())
             return y
 
-    def forward_intermediates(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the intermediates of a reduced model have fewer tokens than the grid."""
+    def forward_intermediates(
+        self: Any,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        **options: Any,
+    ) -> Any:
+        """The model's intermediates with a value for every patch, by `mergence.restore`.
+
+        The final features that come with them are reduced, as those of `forward_features`.
+        """
         dense: Any = super()
-        if self._mergence.run.disabled:
-            return dense.forward_intermediates(x, *args, **kwargs)
-        raise ReducedOutputError(
-            "forward_intermediates of a reduced model would have to return full feature maps, and "
-            "its blocks have merged tokens. Wrap the call in mergence.disabled(model), or follow "
-            "patches with mergence.trace(model, images)."
-        )
+        grid = output_fmt == "NCHW"
+        with _run(self, x) as run:
+            found = dense.forward_intermediates(
+                x,
+                indices,
+                return_prefix_tokens,
+                norm,
+                stop_early,
+                # timm would fold the tokens into the grid before every patch has one again.
+                "NLC" if grid else output_fmt,
+                intermediates_only,
+                **options,
+            )
+            carry, shape = run.known(), run.grid
+
+        def full(y: Any) -> Any:
+            if isinstance(y, tuple):  # with its prefix tokens
+                return full(y[0]), *y[1:]
+            y = restored(y, carry)
+            return y.unflatten(1, shape).permute(0, 3, 1, 2).contiguous() if grid else y
+
+        if isinstance(found, dict):
+            maps = {"image_intermediates": [full(y) for y in found["image_intermediates"]]}
+            if not intermediates_only:
+                attach(found["image_features"], carry)
+            return found | maps
+        if intermediates_only:
+            return [full(y) for y in found]
+        attach(found[0], carry)
+        return found[0], [full(y) for y in found[1]]
 
     def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
         """The model's pooling, in which a merged token counts as often as the patches in it."""
