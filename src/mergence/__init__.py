@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mergence.plan import MergePlan, TokenView
     from mergence.recipe import Recipe
     from mergence.restoring import restore
+    from mergence.saving import load, save
     from mergence.schedule import Constant, Counts, KeepRate, Macs, Ramp
     from mergence.tracing import trace
 
@@ -34,6 +35,7 @@ _HOME = {
     "plan": ("MergePlan", "TokenView"),
     "recipe": ("Recipe",),
     "restoring": ("restore",),
+    "saving": ("load", "save"),
     "schedule": ("Constant", "Counts", "KeepRate", "Macs", "Ramp"),
     "tracing": ("trace",),
 }
@@ -57,10 +59,12 @@ __all__ = [
     "describe",
     "disabled",
     "evaluate",
+    "load",
     "recipe_of",
     "register",
     "remove",
     "restore",
+    "save",
     "trace",
 ]
 

@@ -14,6 +14,7 @@ from mergence import method as methods
 from mergence import schedule as schedules
 from mergence._version import __version__
 from mergence.errors import OptionError, RecipeError, ScheduleError
+from mergence.files import staged
 from mergence.method import Method
 from mergence.schedule import Constant, Counts, KeepRate, Macs, Schedule
 
@@ -54,8 +55,10 @@ class Recipe:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the recipe as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write the recipe as JSON; the file is there whole or not at all."""
+        path, text = Path(path), json.dumps(self.to_dict(), indent=2) + "\n"
+        with staged(path.parent) as temporary:
+            (temporary / path.name).write_text(text, encoding="utf-8")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:

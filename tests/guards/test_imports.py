@@ -17,7 +17,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "mergence"
 # import inside a function or under TYPE_CHECKING counts as well: it is the direction that matters.
 # `__init__` stands for the public names, so that nothing below the command line leans on them.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "outputs", "_version", "assets"),
+    ("errors", "files", "outputs", "_version", "assets"),
     ("plan",),
     ("ops",),
     ("importance", "schedule", "macs"),
@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe",),
     ("api",),
     ("data", "devices", "distances", "models", "regions"),
+    ("saving",),
     ("benchmark", "evaluation", "calibration", "frontier", "visualize", "export", "train", "demo"),
     ("__init__",),
     ("cli", "__main__"),

@@ -1,0 +1,186 @@
+"""Recipes that travel with models: a folder in the library's own layout, and the recipe beside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mergence import surgery
+from mergence.api import apply, recipe_of
+from mergence.errors import (
+    CheckpointError,
+    MissingExtraError,
+    OptionError,
+    RecipeError,
+    UnsupportedModelError,
+)
+from mergence.files import staged
+from mergence.models import load_model
+from mergence.recipe import Recipe
+
+RECIPE = "mergence.json"
+LEARNED_WEIGHTS = "mergence.safetensors"
+# What an earlier save may have left behind, and a loader would prefer to the new weights.
+_WEIGHTS = ("model*.safetensors", "model*.index.json", "pytorch_model*", LEARNED_WEIGHTS)
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Save a reduced model in its library's own layout, with its recipe beside.
+
+    The library's own function writes the dense model: timm's hub layout, or what `save_pretrained`
+    of a transformers model writes. Without mergence the folder is that model and nothing else. The
+    recipe goes into `mergence.json`, what the method has learned into `mergence.safetensors`.
+
+    All files are written elsewhere first and then moved, the recipe last; other files in the folder
+    are left alone, but for weights of an earlier save.
+
+    Args:
+        model: A model that `apply` reduced.
+        folder: The folder; made where it is missing.
+
+    Raises:
+        MergenceError: The model is not reduced.
+        UnsupportedModelError: Its library has no layout of a folder, or cannot rebuild the model
+            from it.
+        OptionError: The folder cannot be made there.
+    """
+    recipe, folder = recipe_of(model), Path(folder).expanduser()
+    _check_library(model)
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(
+            f"'{folder}' is a file. Name a folder, which is made where it is missing."
+        )
+    if not folder.absolute().parent.is_dir():
+        raise OptionError(f"There is no folder '{folder.absolute().parent}'. Make it first.")
+    learned = _learned(model)
+    with staged(folder, last=RECIPE) as temporary:
+        back = surgery.bookmark(model)
+        surgery.restore(model)
+        try:
+            _save_dense(model, temporary)
+        finally:
+            back()
+        if learned:
+            save_file(learned, temporary / LEARNED_WEIGHTS)
+        recipe.save(temporary / RECIPE)
+        written = {file.name for file in temporary.iterdir()}
+    for pattern in _WEIGHTS:
+        for file in folder.glob(pattern):
+            if file.name not in written:
+                file.unlink()
+
+
+def load(folder: str | Path) -> nn.Module:
+    """Load a model that `save` wrote, reduced by its recipe, in evaluation mode.
+
+    Raises:
+        RecipeError: The folder has no recipe, or one that cannot be read.
+        CheckpointError: The weights are missing, damaged or do not fit.
+        MissingExtraError: The model's library is not installed.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / RECIPE).is_file():
+        raise RecipeError(
+            f"'{folder}' has no {RECIPE}: mergence.save did not write it. Load the model with its "
+            "own library and call mergence.apply."
+        )
+    recipe = Recipe.load(folder / RECIPE)
+    model = apply(_load_dense(folder), recipe)
+    _load_learned(model, folder / LEARNED_WEIGHTS)
+    return model
+
+
+def _learned(model: nn.Module) -> dict[str, Tensor]:
+    part = f".{surgery.LEARNED}."
+    return {name: value for name, value in model.state_dict().items() if part in f".{name}"}
+
+
+def _load_learned(model: nn.Module, file: Path) -> None:
+    own = _learned(model)
+    if not own and not file.exists():
+        return
+    try:
+        found = load_file(file)
+    except Exception as error:  # damaged bytes fail in as many ways as the reader has
+        raise CheckpointError(
+            f"What the method has learned cannot be read from '{file}' ({type(error).__name__}: "
+            f"{error}). Copy the whole folder again."
+        ) from error
+    if _shapes(found) != _shapes(own):
+        raise CheckpointError(
+            f"'{file}' does not fit the recipe beside it: it has {_shapes(found)}, and the method "
+            f"learns {_shapes(own)}. Both files must come from the same mergence.save."
+        )
+    model.load_state_dict(found, strict=False)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in state.items()}
+
+
+def _check_library(model: nn.Module) -> None:
+    if not hasattr(model, "save_pretrained") and not hasattr(model, "pretrained_cfg"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no folder layout of its own (timm's and transformers' "
+            "models have). Save model.state_dict() your way, and the recipe beside it: "
+            "mergence.recipe_of(model).save('recipe.json')."
+        )
+
+
+def _save_dense(model: Any, folder: Path) -> None:
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+        return
+    import timm
+
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    try:
+        with torch.device("meta"):
+            rebuilt = _shapes(timm.create_model(f"local-dir:{folder}").state_dict())
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"timm cannot build this {type(model).__name__} again from the config.json it writes "
+            f"for it: {error} Make the model with timm.create_model."
+        ) from error
+    if rebuilt != _shapes(model.state_dict()):
+        raise UnsupportedModelError(
+            f"timm builds another model from the config.json it writes for this "
+            f"{type(model).__name__}: the model was changed after timm.create_model, or timm is "
+            "too old to note its arguments (1.0.31 does)."
+        )
+
+
+def _load_dense(folder: Path) -> nn.Module:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"'{folder / 'config.json'}' cannot be read ({error}). It says which model this is; "
+            "copy the whole folder again."
+        ) from error
+    if "architecture" in config:
+        return load_model(f"local-dir:{folder}").model
+    if find_spec("transformers") is None:
+        raise MissingExtraError("transformers", "transformers", f"Loading '{folder}'")
+    import transformers
+
+    (name, *_) = config.get("architectures") or [None]
+    cls = getattr(transformers, name or "", None)
+    if cls is None:
+        raise CheckpointError(
+            f"'{folder / 'config.json'}' names no model of timm ('architecture') or transformers "
+            f"('architectures'): found {name!r}. Correct it, or save the model again."
+        )
+    try:
+        # Weights that are pickled are never read.
+        model: nn.Module = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"transformers cannot load '{folder}': {error}") from error
+    return model.eval()
