@@ -10,20 +10,20 @@ from torch import Tensor
 
 import mergence
 from mergence import demo
-from mergence.benchmark import Row, _row, _take_turns, bench, judged
+from mergence.benchmark import Row, bench, judged, row_of, take_turns
 from mergence.errors import OptionError
 from mergence.recipe import make
 
 
 def test_a_row_says_how_much_of_the_ideal_was_reached() -> None:
-    row = _row("x", 8, "float32", "eager", [4.0, 5.0, 6.0], dense=8.0, ratio=0.5, peak=None)
+    row = row_of("x", 8, "float32", "eager", [4.0, 5.0, 6.0], dense=8.0, ratio=0.5, peak=None)
     assert (row.ms, row.images_per_s, row.speedup) == (5.0, 1600.0, 1.6)
     assert row.of_ideal == pytest.approx(0.8)
     assert row.ms_low <= row.ms <= row.ms_high
 
 
 def rows(*speedups: float) -> list[Row]:
-    one = _row("x", 1, "float32", "eager", [1.0, 1.0], dense=1.0, ratio=0.5, peak=None)
+    one = row_of("x", 1, "float32", "eager", [1.0, 1.0], dense=1.0, ratio=0.5, peak=None)
     return [replace(one, batch=2**i, speedup=speedup) for i, speedup in enumerate(speedups)]
 
 
@@ -56,7 +56,7 @@ def test_all_take_turns_and_the_first_turn_does_not_count() -> None:
         return call
 
     calls = {name: note(name) for name in ("dense", "a", "b")}
-    times = _take_turns(calls, torch.zeros(1), seconds=0, rounds=3)  # type: ignore[arg-type]
+    times = take_turns(calls, torch.zeros(1), seconds=0, rounds=3)  # type: ignore[arg-type]
     assert order == ["dense", "a", "b"] * 4
     assert [len(t) for t in times.values()] == [3, 3, 3]
 

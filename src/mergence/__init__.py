@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mergence.calibration import calibrate
     from mergence.errors import MergenceError
     from mergence.evaluation import evaluate
+    from mergence.exporting import export
     from mergence.method import Method, register
     from mergence.plan import MergePlan, TokenView
     from mergence.recipe import Recipe
@@ -31,6 +32,7 @@ _HOME = {
     "calibration": ("calibrate",),
     "errors": ("MergenceError",),
     "evaluation": ("evaluate",),
+    "exporting": ("export",),
     "method": ("Method", "register"),
     "plan": ("MergePlan", "TokenView"),
     "recipe": ("Recipe",),
@@ -59,6 +61,7 @@ __all__ = [
     "describe",
     "disabled",
     "evaluate",
+    "export",
     "load",
     "recipe_of",
     "register",

@@ -128,13 +128,13 @@ def bench(
             calls = {name: _callable(one, mode) for name, one in models.items()}
             for batch in batches:
                 images = torch.randn(batch, *input_size, device=device, dtype=dtype)
-                times = _take_turns(calls, images, seconds, rounds)
+                times = take_turns(calls, images, seconds, rounds)
                 dense = statistics.median(times[DENSE])
                 for name, call in calls.items():
                     peak = _peak_mib(call, images)
                     type_ = str(dtype).removeprefix("torch.")
                     rows.append(
-                        _row(name, batch, type_, mode, times[name], dense, ratios[name], peak)
+                        row_of(name, batch, type_, mode, times[name], dense, ratios[name], peak)
                     )
                 progress(1)
     named = platform.processor() or platform.machine()
@@ -186,9 +186,10 @@ def _callable(model: nn.Module, mode: str) -> Callable[[Tensor], Any]:
     return call
 
 
-def _take_turns(
+def take_turns(
     calls: Mapping[str, Callable[[Tensor], Any]], images: Tensor, seconds: float, rounds: int
 ) -> dict[str, list[float]]:
+    """Time calls in turns, a warm-up first: milliseconds of each, at least `rounds` of them."""
     for call in calls.values():
         call(images)
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -212,7 +213,7 @@ def _peak_mib(call: Callable[[Tensor], Any], images: Tensor) -> float | None:
     return torch.cuda.max_memory_allocated(images.device) / 2**20
 
 
-def _row(
+def row_of(
     name: str,
     batch: int,
     dtype: str,
@@ -222,6 +223,7 @@ def _row(
     ratio: float,
     peak: float | None,
 ) -> Row:
+    """Sum up the `times` of one model in milliseconds; `dense` is the dense model's median."""
     low, ms, high = statistics.quantiles(times, n=4)
     return Row(
         name=name,

@@ -43,6 +43,10 @@ class CheckpointError(MergenceError):
     """Weights are missing, damaged or do not fit the model."""
 
 
+class ExportError(MergenceError):
+    """A model cannot be exported, or the exported one does not do what the model does."""
+
+
 class MissingExtraError(MergenceError):
     """An optional dependency is needed and not installed."""
 

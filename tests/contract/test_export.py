@@ -1,12 +1,19 @@
-"""torch.export with a dynamic batch."""
+"""torch.export and ONNX with a dynamic batch."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+import mergence
+from mergence import family, ops
+from mergence import method as methods
+from mergence.method import Method, names
+from mergence.plan import TokenView
 
 
 @pytest.mark.slow
@@ -18,3 +25,47 @@ def test_the_exported_model_agrees_at_every_batch_size(
     exported = program.module()
     for other in (image, image[:1], torch.randn(5, 3, 96, 96)):
         assert torch.equal(output(exported, other), output(exportable, other))
+
+
+class Step(nn.Module):
+    """Planning and merging alone, `[B, 1, N, C]` tokens to `[B, slots, C]`."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.squeeze(1)
+        view = TokenView(
+            x=x,
+            size=torch.ones(x.shape[:2]) + (x[:, :, 0] > 0),
+            block=9,
+            depth=12,
+            _importance=x[:, :, 1].softmax(dim=1),
+            _keys=x[:, :, 2:],
+            _received=x[:, :, 2].softmax(dim=1),
+        )
+        merged, size = ops.merge(x, view.size, self.method.plan(view, 9))
+        return merged * size.unsqueeze(2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", names())
+def test_every_method_becomes_a_graph_without_scatter_or_shapes_that_depend_on_values(
+    method: str, tmp_path: Path
+) -> None:
+    step = Step(methods.build(method, {})).eval()
+    done = mergence.export(step, tmp_path / "m.onnx", torch.randn(20, 1, 12, 8))
+    assert done.agreement.off == 0
+    assert not any("Scatter" in operator for operator in done.operators)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", family.registry())
+def test_a_model_of_every_family_becomes_an_onnx_graph(
+    name: str, shorten: Any, tmp_path: Path
+) -> None:
+    build = next(iter(family.registry()[name].tiny().values()))
+    model = mergence.apply(shorten(build(), 2), keep_rate=0.7)
+    done = mergence.export(model, tmp_path / "m.onnx", torch.randn(20, 3, 96, 96))
+    assert done.agreement.off == 0

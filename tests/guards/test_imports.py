@@ -32,7 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("api",),
     ("data", "devices", "distances", "models", "regions"),
     ("saving",),
-    ("benchmark", "evaluation", "calibration", "frontier", "visualize", "export", "train", "demo"),
+    ("benchmark", "evaluation", "calibration", "frontier", "visualize", "train", "demo"),
+    ("exporting",),
     ("__init__",),
     ("cli", "__main__"),
 )

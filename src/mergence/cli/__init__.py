@@ -10,7 +10,7 @@ import warnings
 
 import typer
 
-from mergence.cli import bench, calibrate, demo, evaluate, listing, visualize
+from mergence.cli import bench, calibrate, demo, evaluate, export, listing, visualize
 from mergence.cli.output import error, warning
 from mergence.errors import MergenceError
 
@@ -26,6 +26,7 @@ app.command("list")(listing.list_known)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("calibrate")(calibrate.calibrate)
+app.command("export")(export.export)
 app.command("visualize")(visualize.visualize)
 
 

@@ -50,8 +50,10 @@ class ATM(Method):
         if tokens.block > self.early * tokens.depth:
             # Among equal sizes odd patches count as smaller: where nothing has merged yet, these
             # are the alternating sets again.
-            even = 1 - torch.arange(total, device=givers.device) % 2
-            order = (2 * tokens.size + even).argsort(dim=1, stable=True)
+            position = torch.arange(total, device=givers.device)
+            even = 1 - position % 2
+            # Whole numbers with the position as the last criterion: stable sorts do not export.
+            order = ((2 * tokens.size.long() + even) * total + position).argsort(dim=1)
             givers, takers = order[:, : total // 2], order[:, total // 2 :]
         metric, size = F.normalize(tokens.x.float(), dim=2), tokens.size
         similarity = rows(metric, givers) @ rows(metric, takers).transpose(1, 2)
