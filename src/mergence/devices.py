@@ -13,14 +13,19 @@ def synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def warn_of_slow_type(device: torch.device, dtype: torch.dtype) -> None:
-    """Warn where a type is only emulated, which makes it slower than float32 instead of faster."""
+def emulated(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device computes in a type only by converting to another and back."""
     checks = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
     }
     check = getattr(torch.ops.mkldnn, checks.get(dtype, ""), None)
-    if device.type == "cpu" and check is not None and not check():
+    return device.type == "cpu" and check is not None and not check()
+
+
+def warn_of_slow_type(device: torch.device, dtype: torch.dtype) -> None:
+    """Warn where a type is only emulated, which makes it slower than float32 instead of faster."""
+    if emulated(device, dtype):
         name = str(dtype).removeprefix("torch.")
         warnings.warn(
             f"This CPU has no {name} arithmetic: {name} is emulated and several times slower than "
