@@ -31,7 +31,7 @@ def tiny(kind: str) -> Any:
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", ["mergence", "tome"])
-@pytest.mark.parametrize("kind", FAMILY.tiny())
+@pytest.mark.parametrize("kind", [k for k in FAMILY.tiny() if k != "dinov3"])  # turned by place
 def test_merging_equal_patches_changes_nothing(kind: str, method: str, kernel: str) -> None:
     model = tiny(kind).double()
     model.set_attn_implementation(kernel)
@@ -156,10 +156,10 @@ def test_attention_that_takes_no_sizes_is_refused(image: Tensor) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(64, 64), (128, 96)], ids=str)
-@pytest.mark.parametrize("kind", ["vit", "dinov2", "clip", "siglip"])
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "dinov3", "clip", "siglip"])
 def test_other_image_sizes(kind: str, size: tuple[int, int]) -> None:
     model, image = tiny(kind), torch.randn(2, 3, *size)
-    options = {} if kind == "dinov2" else {"interpolate_pos_encoding": True}
+    options = {} if "dino" in kind else {"interpolate_pos_encoding": True}
     expected = answer(model(image, **options))
     mergence.apply(model, macs=1.0)
     assert torch.equal(answer(model(image, **options)), expected)

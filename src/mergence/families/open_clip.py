@@ -28,6 +28,7 @@ from mergence.families._common import (
 from mergence.families._multihead import attention, scale_of
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
+from mergence.state import Carry
 from mergence.step import BlockStep, Program
 
 _TRANSFORMER = "open_clip.transformer."
@@ -61,11 +62,13 @@ class ReducedBlock:
             y: Tensor = dense.forward(q_x, k_x, v_x, attn_mask)
             return y
         refuse_mask(attn_mask is not None)
-        restated = partial(block_forward, self)
 
-        def library(x: Tensor, bias: Tensor | None) -> Tensor:
+        def restated(x: Tensor, known: Carry, reduce: Reduce) -> Tensor:
+            return block_forward(self, x, known.bias, reduce)
+
+        def library(x: Tensor, known: Carry) -> Tensor:
             # The library's own takes a mask for every pair of tokens only.
-            y: Tensor = dense.forward(x) if bias is None else restated(x, bias, keep)
+            y: Tensor = dense.forward(x) if known.bias is None else restated(x, known, keep)
             return y
 
         return reduced_forward(self, q_x, library, restated, scale_of(self.attn))
