@@ -162,9 +162,9 @@ class BlockStep:
                     "forward_features, or use mergence.disabled(model) to run single blocks."
                 )
             known = Carry(patches=x.shape[1] - self.program.prefix)
-        if run.active and torch.is_grad_enabled():
-            # Gradient checkpointing may call this block again when the run is long over.
-            attach(x, known)
+        # Gradient checkpointing may call this block again when the run is long over, and libraries
+        # hand out the tokens between blocks.
+        attach(x, known)
         return known
 
     def slots(self, carry: Carry) -> int | None:
@@ -178,8 +178,7 @@ class BlockStep:
         run = self.program.run
         if run.active:
             run.carry = carry
-        else:
-            attach(x, carry)
+        attach(x, carry)
 
     def reduce(
         self,

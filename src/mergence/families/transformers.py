@@ -36,7 +36,7 @@ from mergence.families._transformers import (
 )
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
-from mergence.state import Carry, Run
+from mergence.state import Carry, Run, attach
 from mergence.step import BlockStep, Program
 from mergence.surgery import original_class
 
@@ -188,6 +188,7 @@ class ReducedTower:
             outputs = dense.forward(*inputs, **options)
             known = run.known()
             if not run.averaged or known is None or known.size is None:
+                attach(outputs[0], known)
                 return outputs
             weighted = _times_size(outputs[0], known.size)
         if isinstance(outputs, tuple):
