@@ -33,6 +33,9 @@ class Carry:
             reduction.
         bias: `[B, 1, 1, P + N]` log(size) with zeros for the prefix tokens, which size attention
             adds to the logits; None before the first reduction or without size attention.
+        position: `[B, N]` int64, the patch whose place each patch token has: the most important
+            one in it. Kept only for models that turn queries and keys by place; None before the
+            first reduction.
         slots: The map of each reduction so far, `[B, N]` slot of each token or -1. Kept as they are
             and composed when asked, so that a forward nobody asks pays nothing.
     """
@@ -41,6 +44,7 @@ class Carry:
     grid: tuple[int, int] | None = None
     size: Tensor | None = None
     bias: Tensor | None = None
+    position: Tensor | None = None
     slots: tuple[Tensor, ...] = ()
 
     def source(self, tokens: int) -> Tensor | None:

@@ -13,7 +13,7 @@ from mergence.errors import MergenceError, ReducedOutputError, ScheduleError
 from mergence.importance import attention_from, attention_received
 from mergence.macs import Macs, ModelCost, ReductionCost, count
 from mergence.method import Method
-from mergence.plan import TokenView
+from mergence.plan import TokenView, most_important
 from mergence.schedule import Schedule, Setting
 from mergence.state import Carry, Run, attach, attached
 
@@ -78,13 +78,18 @@ class Program:
         )
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What a reduction computes for its method, and for the places of merged tokens."""
+        return self.method.needs | ({"importance"} if self.cost.rotary else set())
+
+    @property
     def reduction(self) -> ReductionCost:
         """What each reduction costs."""
 
         def plan(tokens: int, slots: int) -> int:
             return self.method.plan_macs(tokens, slots, self.cost.dim, self.cost.head_dim)
 
-        return ReductionCost(self.method.needs, plan, self.learned)
+        return ReductionCost(self.needs, plan, self.learned)
 
     def macs(self, patches: int | None = None, *, dense: bool = False) -> Macs:
         """MACs of one image, of the reduced or of the dense model."""
@@ -157,9 +162,9 @@ class BlockStep:
                     "forward_features, or use mergence.disabled(model) to run single blocks."
                 )
             known = Carry(patches=x.shape[1] - self.program.prefix)
-        if run.active and torch.is_grad_enabled():
-            # Gradient checkpointing may call this block again when the run is long over.
-            attach(x, known)
+        # Gradient checkpointing may call this block again when the run is long over, and libraries
+        # hand out the tokens between blocks.
+        attach(x, known)
         return known
 
     def slots(self, carry: Carry) -> int | None:
@@ -173,8 +178,7 @@ class BlockStep:
         run = self.program.run
         if run.active:
             run.carry = carry
-        else:
-            attach(x, carry)
+        attach(x, carry)
 
     def reduce(
         self,
@@ -218,8 +222,8 @@ class BlockStep:
             size = torch.ones(patches.shape[:2], device=x.device)
         # Autocast would turn the merge's output, and so the residual stream, to half precision.
         with torch.autocast(x.device.type, enabled=False):
-            importance = keys = received = None
-            if "importance" in method.needs or observer is not None:
+            importance = keys = received = position = None
+            if "importance" in self.program.needs or observer is not None:
                 query = q[:, :, :1] if prefix else q.mean(dim=2, keepdim=True)
                 importance = attention_from(query, k, scale, carry.bias)[:, prefix:]
             if "keys" in method.needs:
@@ -233,7 +237,12 @@ class BlockStep:
             bias = None
             if method.size_attention:
                 bias = _size_bias(merged_size, prefix, x.dtype, method.size_attention)
-        after = replace(carry, size=merged_size, bias=bias, slots=(*carry.slots, plan.slot))
+            if self.program.cost.rotary and importance is not None:
+                position = most_important(plan, importance)
+                if carry.position is not None:
+                    position = carry.position.gather(1, position)
+        slot_maps = (*carry.slots, plan.slot)
+        after = replace(carry, size=merged_size, bias=bias, position=position, slots=slot_maps)
         if observer is not None:
             observer.reduced(self.index + 1, after, plan, importance)
         return torch.cat((front, merged), dim=1), after

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mergence.errors import MergenceError
-from mergence.plan import MergePlan
+from mergence.plan import MergePlan, most_important
 from mergence.state import Carry
 from mergence.step import program_of
 
@@ -71,17 +71,10 @@ class _Observer:
                 block=block,
                 source=source_after,
                 size=after.size,
-                anchor=anchor.gather(1, _most_important(plan, importance)),
+                anchor=anchor.gather(1, most_important(plan, importance)),
                 importance=torch.where(source < 0, torch.nan, at_patch),
             )
         )
-
-
-def _most_important(plan: MergePlan, importance: Tensor) -> Tensor:
-    """The index of the most important token of each slot, `[B, slots]`."""
-    slots = torch.arange(plan.slots, device=plan.slot.device).unsqueeze(1)
-    member = plan.slot.unsqueeze(1) == slots
-    return torch.where(member, importance.unsqueeze(1), -torch.inf).argmax(dim=2)
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def test_list_shows_every_method_and_family(tmp_path: Path) -> None:
     data = json.loads(out.read_text())
     assert {row["name"] for row in data["methods"]} >= {"mergence", "mstm", "tome", "evit", "topk"}
     known = {row["name"] for row in data["families"]}
-    assert known == {"timm", "transformers", "torchvision", "open_clip"}
+    assert known == {"timm", "timm_eva", "transformers", "torchvision", "open_clip"}
     assert "mergence" in result.output
 
 

@@ -42,7 +42,7 @@ KINDS = list(TINY)
 PAIRS = [
     (KINDS[i % len(KINDS)], names()[i % len(names())]) for i in range(max(len(KINDS), len(names())))
 ]
-FIRST_OF_LIBRARY = [next(k for k in KINDS if k.startswith(f)) for f in family.registry()]
+FIRST_OF_LIBRARY = [next(k for k in KINDS if k.startswith(f"{f}-")) for f in family.registry()]
 SORTS = ("mergence", "tome", "topk")
 FAST = {*PAIRS, *((PLAIN, method) for method in names())}
 SLOW = {*product(FIRST_OF_LIBRARY, names()), *product(KINDS, SORTS)}

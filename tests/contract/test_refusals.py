@@ -24,8 +24,8 @@ UNSUPPORTED: dict[str, Callable[[], nn.Module]] = {
     "timm.models.beit.Beit": lambda: timm.create_model(
         "beit_base_patch16_224", embed_dim=12, depth=1, num_heads=1
     ),
-    "timm.models.eva.Eva": lambda: timm.create_model(
-        "eva02_tiny_patch14_224", embed_dim=12, depth=1, num_heads=1
+    "timm.models.hiera.Hiera": lambda: timm.create_model(
+        "hiera_tiny_224", embed_dim=12, num_heads=1, stages=(1, 1, 1, 1)
     ),
     "torch.nn.modules.container.Sequential": lambda: nn.Sequential(nn.Linear(3, 3)),
 }

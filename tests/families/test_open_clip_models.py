@@ -13,7 +13,7 @@ from torchvision.models import VisionTransformer
 
 import mergence
 from mergence import family
-from mergence.errors import ReducedOutputError, UnsupportedModelError
+from mergence.errors import UnsupportedModelError
 from mergence.families.open_clip import FAMILY
 from mergence.outputs import answer
 
@@ -111,15 +111,32 @@ def test_pooling_in_the_tower_is_by_size(image: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_intermediates_are_refused_and_work_while_disabled(image: Tensor) -> None:
-    model = tiny("clip")
-    expected = model.forward_intermediates(image)["image_intermediates"][2]
-    mergence.apply(model, keep_rate=0.7)
-    with pytest.raises(ReducedOutputError, match=r"forward_intermediates.*mergence\.disabled"):
-        model.forward_intermediates(image)
+@pytest.mark.parametrize("layout", ["NCHW", "NLC"])
+@pytest.mark.parametrize("kind", ["clip", "timm_trunk"])
+def test_intermediates_have_a_value_for_every_patch(kind: str, layout: str, image: Tensor) -> None:
+    model = tiny(kind)
+
+    def ask() -> list[Tensor]:
+        name = "image_output_fmt" if kind == "clip" else "output_fmt"
+        maps: list[Tensor] = model.forward_intermediates(image, **{name: layout})[
+            "image_intermediates"
+        ]
+        return maps
+
+    expected = ask()
+    mergence.apply(model, macs=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(ask(), expected, strict=True))
+    mergence.apply(model, keep_rate=0.5)
+    found = ask()
+    assert [y.shape for y in found] == [y.shape for y in expected]
+    assert torch.equal(found[0], expected[0])
+    assert not torch.equal(found[5], expected[5])
+    source = mergence.trace(model, image).points[-1].source
+    last = found[5].flatten(2).transpose(1, 2) if layout == "NCHW" else found[5]
+    for values, slots in zip(last, source, strict=True):
+        assert len(values.unique(dim=0)) == len(slots.unique())
     with mergence.disabled(model):
-        found = model.forward_intermediates(image)["image_intermediates"][2]
-    assert torch.equal(found, expected)
+        assert all(torch.equal(a, b) for a, b in zip(ask(), expected, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.family import qualified_names
+from mergence.state import Carry
 from mergence.step import BlockStep
 from mergence.surgery import LEARNED, original_class
 
@@ -22,8 +23,8 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def reduced_forward(
     block: Any,
     x: Tensor,
-    dense: Callable[[Tensor, Tensor | None], Tensor],
-    restated: Callable[[Tensor, Tensor | None, Reduce], Tensor],
+    dense: Callable[[Tensor, Carry], Tensor],
+    restated: Callable[[Tensor, Carry, Reduce], Tensor],
     scale: float,
 ) -> Tensor:
     """A block's forward, with fewer tokens after it where the schedule says so.
@@ -31,7 +32,8 @@ def reduced_forward(
     Args:
         block: The block, with its `BlockStep` attached.
         x: `[B, P + N, C]` prefix and patch tokens.
-        dense: The library's forward, from tokens and size bias, for a block that removes none.
+        dense: The library's forward, from tokens and what is known about them (their size bias,
+            their places), for a block that removes none.
         restated: The same restated, which calls `reduce(x, q, k)` between attention and MLP.
         scale: The factor on the attention's logits.
     """
@@ -39,7 +41,7 @@ def reduced_forward(
     carry = step.enter(x)
     slots = step.slots(carry)
     if slots is None:
-        y = dense(x, carry.bias)
+        y = dense(x, carry)
         step.leave(y, carry)
         return y
     after = carry
@@ -50,7 +52,7 @@ def reduced_forward(
         x, after = step.reduce(x, q, k, scale, carry, slots, learned)
         return x
 
-    y = restated(x, carry.bias, reduce)
+    y = restated(x, carry, reduce)
     step.leave(y, after)
     return y
 
@@ -73,17 +75,20 @@ def refuse_mask(given: bool) -> None:
         )
 
 
-def require_class(module: nn.Module, allowed: str, what: str, supported: str) -> None:
+def require_class(
+    module: nn.Module, allowed: str | tuple[str, ...], what: str, supported: str
+) -> None:
     """Check that a part of a model is the one whose forward is restated.
 
     Raises:
         UnsupportedModelError: It is another one.
     """
     found = qualified_names(original_class(module))[0]
-    if found != allowed:
+    allowed = (allowed,) if isinstance(allowed, str) else allowed
+    if found not in allowed:
         raise UnsupportedModelError(
-            f"{what} is a {found}; mergence restates the forward of {allowed} and would compute "
-            f"something else. Known: {supported}."
+            f"{what} is a {found}; mergence restates the forward of {' or '.join(allowed)} and "
+            f"would compute something else. Known: {supported}."
         )
 
 

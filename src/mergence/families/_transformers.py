@@ -45,6 +45,7 @@ class Tower:
         stem: The path of its patch embedding, a convolution.
         prefix: Class and distillation tokens; registers are counted from the configuration.
         head: The name of its attention pooling, where it has one.
+        rotary: Its blocks turn queries and keys by place.
     """
 
     block: str
@@ -54,6 +55,7 @@ class Tower:
     stem: str
     prefix: int
     head: str | None = None
+    rotary: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,18 @@ TOWERS: dict[str, Tower] = {
                 "encoder.layer",
                 _PROJECTION,
                 1,
+            ),
+        ),
+        (
+            _named("dinov3_vit", "DINOv3ViTModel"),
+            Tower(
+                "DINOv3ViTLayer",
+                "DINOv3ViTAttention",
+                DINO,
+                "model.layer",
+                "embeddings.patch_embeddings",
+                1,
+                rotary=True,
             ),
         ),
         (
@@ -176,6 +190,16 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Dinov2WithRegistersConfig",
         {"mlp_ratio": 4, "layerscale_value": 0.3, "use_swiglu_ffn": True},
     ),
+    "dinov3": (
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        {
+            "num_register_tokens": 4,
+            "layerscale_value": 0.3,
+            "use_gated_mlp": True,
+            "pos_embed_rescale": None,  # else training is random
+        },
+    ),
     "clip": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {"projection_dim": 24}),
     "clip_classifier": ("CLIPForImageClassification", "CLIPConfig", {}),
     "siglip": ("SiglipVisionModel", "SiglipVisionConfig", {}),
@@ -199,7 +223,7 @@ def tiny_configuration(config: str, **options: Any) -> Any:
         "image_size": 96,
         "patch_size": 16,
     }
-    if "Dino" not in config:
+    if not config.startswith("Dinov2"):
         size["intermediate_size"] = 192
     if config in ("CLIPConfig", "SiglipConfig"):
         text = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3}

@@ -6,6 +6,7 @@ Written against open_clip 3.3.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergence import family as families
-from mergence.errors import ReducedOutputError, UnsupportedModelError
+from mergence.errors import UnsupportedModelError
 from mergence.families._common import (
     Reduce,
     keep,
@@ -28,6 +29,8 @@ from mergence.families._common import (
 from mergence.families._multihead import attention, scale_of
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
+from mergence.restoring import restored
+from mergence.state import Carry, Run
 from mergence.step import BlockStep, Program
 
 _TRANSFORMER = "open_clip.transformer."
@@ -61,11 +64,13 @@ class ReducedBlock:
             y: Tensor = dense.forward(q_x, k_x, v_x, attn_mask)
             return y
         refuse_mask(attn_mask is not None)
-        restated = partial(block_forward, self)
 
-        def library(x: Tensor, bias: Tensor | None) -> Tensor:
+        def restated(x: Tensor, known: Carry, reduce: Reduce) -> Tensor:
+            return block_forward(self, x, known.bias, reduce)
+
+        def library(x: Tensor, known: Carry) -> Tensor:
             # The library's own takes a mask for every pair of tokens only.
-            y: Tensor = dense.forward(x) if bias is None else restated(x, bias, keep)
+            y: Tensor = dense.forward(x) if known.bias is None else restated(x, known, keep)
             return y
 
         return reduced_forward(self, q_x, library, restated, scale_of(self.attn))
@@ -77,21 +82,38 @@ class ReducedTower:
     def forward(self: Any, x: Tensor) -> Any:
         """The tower's forward, as one run."""
         dense: Any = super()
-        program: Program = self._mergence
-        rows, columns = x.shape[-2] // self.patch_size[0], x.shape[-1] // self.patch_size[1]
-        with program.run.forward((rows, columns)):
+        with _run(self, x):
             return dense.forward(x)
 
-    def forward_intermediates(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the intermediates of a reduced tower have fewer tokens than the grid."""
+    def forward_intermediates(
+        self: Any,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_fmt: str = "NCHW",
+        output_extra_tokens: bool = False,
+    ) -> Any:
+        """The tower's intermediates with a value for every patch, by `mergence.restore`."""
         dense: Any = super()
-        if self._mergence.run.disabled:
-            return dense.forward_intermediates(x, *args, **kwargs)
-        raise ReducedOutputError(
-            "forward_intermediates of a reduced model would have to return full feature maps, and "
-            "its blocks have merged tokens. Wrap the call in mergence.disabled(model), or follow "
-            "patches with mergence.trace(model, images)."
-        )
+        grid = output_fmt == "NCHW"
+        with _run(self, x) as run:
+            found = dense.forward_intermediates(
+                x,
+                indices,
+                stop_early,
+                normalize_intermediates,
+                intermediates_only,
+                # open_clip would fold the tokens into the grid before every patch has one again.
+                "NLC" if grid else output_fmt,
+                output_extra_tokens,
+            )
+            maps: list[Any] = [restored(y, run.known()) for y in found["image_intermediates"]]
+            if grid:
+                maps = [y.unflatten(1, run.grid).permute(0, 3, 1, 2).contiguous() for y in maps]
+        found["image_intermediates"] = maps
+        return found
 
     def _global_pool(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         dense: Any = super()
@@ -122,6 +144,12 @@ class ReducedPool:
 
 class ReducedContainer:
     """Mixed into models around a tower."""
+
+
+def _run(tower: Any, image: Tensor) -> AbstractContextManager[Run]:
+    height, width = tower.patch_size
+    program: Program = tower._mergence
+    return program.run.forward((image.shape[-2] // height, image.shape[-1] // width))
 
 
 def _size(program: Program) -> Tensor | None:

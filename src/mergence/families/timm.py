@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -83,8 +82,8 @@ class ReducedBlock:
         return reduced_forward(
             self,
             x,
-            lambda x, bias: dense.forward(x, attn_mask=bias),
-            partial(block_forward, self),
+            lambda x, known: dense.forward(x, attn_mask=known.bias),
+            lambda x, known, reduce: block_forward(self, x, known.bias, reduce),
             self.attn.scale,
         )
 
@@ -181,7 +180,8 @@ class ReducedModel:
 
 def _pool_by_size(model: Any, x: Tensor, size: Tensor, kind: str) -> Tensor:
     prefix: int = model.num_prefix_tokens
-    if model.pool_include_prefix:
+    # EVA has no such option: its attention pool takes all tokens, its averages the patches.
+    if getattr(model, "pool_include_prefix", model.attn_pool is not None):
         size = F.pad(size, (prefix, 0), value=1.0)
     else:
         x = x[:, prefix:]
@@ -209,16 +209,31 @@ class Timm(Family):
         "timm's VisionTransformer: ViT, DeiT, distilled DeiT, DeiT-3, DINOv2 with and without "
         "registers, CLIP and SigLIP image towers"
     )
+    block: ClassVar[tuple[str, ...]] = (_VIT + "Block",)
+    attention: ClassVar[tuple[str, ...]] = (_ATTENTION,)
+    block_mixin: ClassVar[type] = ReducedBlock
+    kinds: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
+        "vit": ("vit_tiny_patch16_224", {}),
+        "vit_avg": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+        "deit_distilled": ("deit_tiny_distilled_patch16_224", {}),
+        "deit3": ("deit3_small_patch16_224", {"init_values": 0.1}),
+        "qk_norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
+        "dinov2": ("vit_small_patch14_dinov2", {"init_values": 0.1}),
+        "dinov2_reg": ("vit_small_patch14_reg4_dinov2", {"init_values": 0.1}),
+        "clip": ("vit_base_patch16_clip_224", {}),
+        "siglip": ("vit_base_patch16_siglip_224", {}),
+        "siglip_gap": ("vit_base_patch16_siglip_gap_224", {}),
+    }
 
     def inspect(self, model: Any) -> ModelSpec:
         """Read a timm model; see `Family.inspect`."""
         for index, block in enumerate(model.blocks, start=1):
-            self._require(block, _VIT + "Block", f"block {index}")
-            self._require(block.attn, _ATTENTION, f"the attention of block {index}")
-        self._require(model.patch_embed, _EMBED, "the patch embedding")
+            self._require(block, self.block, f"block {index}")
+            self._require(block.attn, self.attention, f"the attention of block {index}")
+        self._require(model.patch_embed, (_EMBED,), "the patch embedding")
         if model.attn_pool is not None:
-            self._require(model.attn_pool, _POOL, "the attention pool")
-        if not isinstance(model.patch_drop, nn.Identity):
+            self._require(model.attn_pool, (_POOL,), "the attention pool")
+        if not (model.patch_drop is None or isinstance(model.patch_drop, nn.Identity)):
             raise UnsupportedModelError(
                 "The model drops random patches in training (patch_drop_rate > 0), so patches have "
                 "no fixed place. Build it with patch_drop_rate=0."
@@ -238,36 +253,25 @@ class Timm(Family):
             head_dim=blocks[0].attn.head_dim,
             stem=sum(p.numel() for p in model.patch_embed.parameters() if p.ndim > 1),
             **_head_cost(model),
+            rotary=getattr(model, "rope", None) is not None,
         )
         return ModelSpec(
             blocks=blocks,
             patches=int(model.patch_embed.num_patches),
             cost=cost,
-            block_mixin=ReducedBlock,
+            block_mixin=self.block_mixin,
             parts=((model, ReducedModel),),
             classes=model.num_classes,
         )
 
-    def _require(self, module: nn.Module, allowed: str, what: str) -> None:
-        what = f"In this {_VIT}VisionTransformer, {what}"
+    def _require(self, module: nn.Module, allowed: tuple[str, ...], what: str) -> None:
+        what = f"In this {self.models[0]}, {what}"
         require_class(module, allowed, what, self.supported)
 
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:
         """Tiny random models, one for each kind of timm model covered."""
-        kinds: dict[str, tuple[str, dict[str, Any]]] = {
-            "vit": ("vit_tiny_patch16_224", {}),
-            "vit_avg": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
-            "deit_distilled": ("deit_tiny_distilled_patch16_224", {}),
-            "deit3": ("deit3_small_patch16_224", {"init_values": 0.1}),
-            "qk_norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
-            "dinov2": ("vit_small_patch14_dinov2", {"img_size": 224, "init_values": 0.1}),
-            "dinov2_reg": ("vit_small_patch14_reg4_dinov2", {"img_size": 224, "init_values": 0.1}),
-            "clip": ("vit_base_patch16_clip_224", {}),
-            "siglip": ("vit_base_patch16_siglip_224", {}),
-            "siglip_gap": ("vit_base_patch16_siglip_gap_224", {}),
-        }
 
-        def builder(architecture: str, options: dict[str, Any]) -> Callable[[], nn.Module]:
+        def builder(architecture: str, options: Mapping[str, Any]) -> Callable[[], nn.Module]:
             def build() -> nn.Module:
                 import timm
 
@@ -278,15 +282,15 @@ class Timm(Family):
                     "img_size": 96,
                     "patch_size": 16,
                 }
-                model: nn.Module = timm.create_model(architecture, **(options | size))
+                model: nn.Module = timm.create_model(architecture, **options, **size)
                 return randomised(model).eval()
 
             return build
 
-        return {name: builder(*kind) for name, kind in kinds.items()}
+        return {name: builder(*kind) for name, kind in self.kinds.items()}
 
 
-def _head_cost(model: Any) -> dict[str, int]:
+def _head_cost(model: Any) -> dict[str, Any]:
     heads = [model.head] + ([model.head_dist] if hasattr(model, "head_dist") else [])
     head = sum(linear_macs(h) for h in heads)
     if model.attn_pool is None:

@@ -22,6 +22,7 @@ from mergence.families._common import (
 from mergence.families._multihead import attention, scale_of
 from mergence.family import Family, ModelSpec
 from mergence.macs import BlockCost, ModelCost
+from mergence.state import Carry
 from mergence.step import BlockStep, Program
 
 _VIT = "torchvision.models.vision_transformer."
@@ -45,11 +46,13 @@ class ReducedBlock:
         if step.program.run.disabled:
             y: Tensor = dense.forward(input)
             return y
-        restated = partial(block_forward, self)
 
-        def library(x: Tensor, bias: Tensor | None) -> Tensor:
+        def restated(x: Tensor, known: Carry, reduce: Reduce) -> Tensor:
+            return block_forward(self, x, known.bias, reduce)
+
+        def library(x: Tensor, known: Carry) -> Tensor:
             # The library's own has no way in for a bias.
-            y: Tensor = dense.forward(x) if bias is None else restated(x, bias, keep)
+            y: Tensor = dense.forward(x) if known.bias is None else restated(x, known, keep)
             return y
 
         return reduced_forward(self, input, library, restated, scale_of(self.self_attention))

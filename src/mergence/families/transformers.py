@@ -1,4 +1,4 @@
-"""transformers' Vision Transformers: ViT, DeiT, DINOv2, DINOv2 with registers, CLIP, SigLIP.
+"""transformers' Vision Transformers: ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP.
 
 Written against transformers 5.23, whose attention takes an additive mask in its "sdpa" and "eager"
 implementations alone. What the library calls a model is here the *tower* (`ViTModel`,
@@ -36,7 +36,7 @@ from mergence.families._transformers import (
 )
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
-from mergence.state import Run
+from mergence.state import Carry, Run, attach
 from mergence.step import BlockStep, Program
 from mergence.surgery import original_class
 
@@ -44,7 +44,7 @@ _ADDITIVE = ("sdpa", "eager")
 
 
 def attention(
-    attn: Any, x: Tensor, bias: Tensor | None, **options: Any
+    attn: Any, x: Tensor, bias: Tensor | None, position_embeddings: Any = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`forward` of the library's attentions, restated because they do not give out q and k.
 
@@ -57,6 +57,8 @@ def attention(
         for project in (attn.q_proj, attn.k_proj, attn.v_proj)
     )
     home = sys.modules[type(attn).__module__]
+    if position_embeddings is not None:
+        q, k = home.apply_rotary_pos_emb(q, k, *position_embeddings)
     attend = home.ALL_ATTENTION_FUNCTIONS.get_interface(
         attn.config._attn_implementation, home.eager_attention_forward
     )
@@ -113,14 +115,24 @@ class ReducedBlock:
             refuse_mask(attention_mask is not None)
         layout = self._mergence_layout
 
-        def restated(x: Tensor, bias: Tensor | None, reduce: Reduce) -> Tensor:
-            return block_forward(self, layout, x, bias, reduce, **options)
+        rope = options.pop("position_embeddings", None)
+
+        def placed(known: Carry) -> dict[str, Any]:
+            """The options, with the rotations of the tokens that there are."""
+            if rope is None:
+                return options
+            if known.position is None:
+                return options | {"position_embeddings": rope}
+            rows = tuple(table[known.position].unsqueeze(1) for table in rope)
+            return options | {"position_embeddings": rows}
 
         return reduced_forward(
             self,
             hidden_states,
-            lambda x, bias: dense.forward(x, bias, **options),
-            restated,
+            lambda x, known: dense.forward(x, known.bias, **placed(known)),
+            lambda x, known, reduce: block_forward(
+                self, layout, x, known.bias, reduce, **placed(known)
+            ),
             scale_of(getattr(self, layout.attention)),
         )
 
@@ -132,7 +144,7 @@ class ReducedViTBlock(ReducedBlock):
 
 
 class ReducedDinoBlock(ReducedBlock):
-    """Mixed into the blocks of DINOv2."""
+    """Mixed into the blocks of DINOv2 and DINOv3."""
 
     _mergence_layout = DINO
 
@@ -176,6 +188,7 @@ class ReducedTower:
             outputs = dense.forward(*inputs, **options)
             known = run.known()
             if not run.averaged or known is None or known.size is None:
+                attach(outputs[0], known)
                 return outputs
             weighted = _times_size(outputs[0], known.size)
         if isinstance(outputs, tuple):
@@ -252,9 +265,9 @@ class Transformers(Family):
     name: ClassVar[str] = "transformers"
     models: ClassVar[tuple[str, ...]] = (*TOWERS, *CONTAINERS)
     supported: ClassVar[str] = (
-        "transformers' ViT, DeiT, DINOv2 with and without registers, and the vision towers of CLIP "
-        "and SigLIP (SigLIP 2 too, where its checkpoints load as SigLIP), alone, with a "
-        "classifier, and inside CLIPModel and SiglipModel"
+        "transformers' ViT, DeiT, DINOv2 with and without registers, DINOv3, and the vision "
+        "towers of CLIP and SigLIP (SigLIP 2 too, where its checkpoints load as SigLIP), alone, "
+        "with a classifier, and inside CLIPModel and SiglipModel"
     )
 
     def inspect(self, model: Any) -> ModelSpec:
@@ -338,6 +351,7 @@ def _cost(tower: Any, kind: Tower, head: Any, heads: list[nn.Module]) -> ModelCo
         stem=sum(p.numel() for p in tower.get_submodule(kind.stem).parameters() if p.ndim > 1),
         head=after,
         head_per_token=per_token,
+        rotary=kind.rotary,
     )
 
 

@@ -1,0 +1,158 @@
+"""timm's `Eva`: EVA-02, DINOv3 and other Vision Transformers with rotary positions.
+
+Queries and keys are turned by the place of their token in every block. A merged token has the place
+of its most important patch. Written against timm 1.0.31.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mergence.families._common import Reduce, reduced_forward, refuse_mask
+from mergence.families.timm import Timm
+from mergence.state import Carry
+from mergence.step import BlockStep
+
+_EVA = "timm.models.eva."
+
+
+def attention(
+    attn: Any, x: Tensor, rope: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`EvaAttention.forward` and `AttentionRope.forward`, which do not give out their q and k.
+
+    Returns:
+        The attention's output `[B, N, C]`, its queries and its keys `[B, H, N, D]`, turned.
+    """
+    from timm.layers import apply_rot_embed_cat
+
+    batch, tokens, _ = x.shape
+    gate = None if attn.gate is None else attn.gate(x).sigmoid()
+    if attn.qkv is None:
+        q, k, v = (
+            project(x).reshape(batch, tokens, -1, attn.head_dim).transpose(1, 2)
+            for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+    else:
+        qkv = _qkv(attn, x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        prefix, half = attn.num_prefix_tokens, attn.rotate_half
+
+        def turned(z: Tensor) -> Tensor:
+            patches = apply_rot_embed_cat(z[:, :, prefix:], rope, half=half)
+            return torch.cat((z[:, :, :prefix], patches), dim=2).type_as(v)
+
+        q, k = turned(q), turned(k)
+    if (groups := getattr(attn, "num_kv_groups", 1)) > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if attn.fused_attn:
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    else:
+        logits = (q * attn.scale) @ k.transpose(-2, -1)
+        y = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ v
+    y = attn.norm(y.transpose(1, 2).reshape(batch, tokens, attn.num_heads * attn.head_dim))
+    y = y if gate is None else y * gate
+    return attn.proj_drop(attn.proj(y)), q, k
+
+
+def _qkv(attn: Any, x: Tensor) -> Tensor:
+    """The packed projection; EVA's keys have no bias of their own."""
+    if getattr(attn, "q_bias", None) is None:
+        packed: Tensor = attn.qkv(x)
+        return packed
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    if attn.qkv_bias_separate:
+        packed = attn.qkv(x)
+        return packed + bias
+    return F.linear(x, attn.qkv.weight, bias)
+
+
+def block_forward(
+    block: Any, x: Tensor, rope: Tensor | None, bias: Tensor | None, reduce: Reduce
+) -> Tensor:
+    """`EvaBlock.forward`, restated with `reduce(x, q, k)` between attention and MLP."""
+    y, q, k = attention(block.attn, block.norm1(x), rope, bias)
+    y = y if block.gamma_1 is None else block.gamma_1 * y
+    x = reduce(x + block.drop_path1(y), q, k)
+    y = block.mlp(block.norm2(x))
+    y = y if block.gamma_2 is None else block.gamma_2 * y
+    z: Tensor = x + block.drop_path2(y)
+    return z
+
+
+def placed(rope: Tensor | None, known: Carry) -> Tensor | None:
+    """The rotations of the tokens that there are.
+
+    Args:
+        rope: `[N, D]`, or `[H, N, D]` where every head has its own, of all patches.
+        known: What is known about the tokens.
+
+    Returns:
+        The same before any reduction; then `[B, 1, N, D]` or `[B, H, N, D]`.
+    """
+    if rope is None or known.position is None:
+        return rope
+    rows = rope[..., known.position, :]
+    return rows.unsqueeze(1) if rope.ndim == 2 else rows.transpose(0, 1)
+
+
+class ReducedEvaBlock:
+    """Mixed into `timm.models.eva.EvaBlock`."""
+
+    def forward(
+        self: Any,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """The block's forward, with fewer tokens after it where the schedule says so."""
+        step: BlockStep = self._mergence
+        dense: Any = super()
+        if step.program.run.disabled:
+            y: Tensor = dense.forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+            return y
+        refuse_mask(attn_mask is not None or is_causal)
+        return reduced_forward(
+            self,
+            x,
+            lambda x, known: dense.forward(x, rope=placed(rope, known), attn_mask=known.bias),
+            lambda x, known, reduce: block_forward(
+                self, x, placed(rope, known), known.bias, reduce
+            ),
+            self.attn.scale,
+        )
+
+
+class TimmEva(Timm):
+    """timm's `Eva`."""
+
+    name: ClassVar[str] = "timm_eva"
+    models: ClassVar[tuple[str, ...]] = (_EVA + "Eva",)
+    supported: ClassVar[str] = (
+        "timm's Eva: EVA, EVA-02, DINOv3, Perception Encoder and other ViTs with rotary positions"
+    )
+    block: ClassVar[tuple[str, ...]] = (_EVA + "EvaBlock",)
+    attention: ClassVar[tuple[str, ...]] = (
+        _EVA + "EvaAttention",
+        "timm.layers.attention.AttentionRope",
+    )
+    block_mixin: ClassVar[type] = ReducedEvaBlock
+    kinds: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
+        "eva02": ("eva02_tiny_patch14_224", {}),
+        "eva02_scaled": ("eva02_base_patch14_224", {"init_values": 0.3}),
+        "dinov3": ("vit_small_patch16_dinov3", {"init_values": 0.3}),
+        "rope_mixed": ("vit_small_patch16_rope_mixed_224", {"init_values": 0.3}),
+        "perception_encoder": ("vit_pe_core_tiny_patch16_384", {"num_classes": 5}),
+    }
+
+
+FAMILY = TimmEva()
