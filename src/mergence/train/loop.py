@@ -1,0 +1,241 @@
+"""Fit a model: epochs, steps, and what is done about a step that goes wrong."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mergence.data import Batch
+from mergence.errors import DataError, OptionError, TrainingError
+from mergence.train import build, checkpoint
+from mergence.train.config import Config
+from mergence.train.logs import Logs, Row, Status
+from mergence.train.run import Run
+from mergence.train.seeding import seed_all
+from mergence.train.validation import DENSE, Score, first, tensors
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a run.
+
+    Attributes:
+        model: Folder of the trained model; `local-dir:FOLDER` loads it.
+        history: One row an epoch, the state before training first where there is validation.
+        skipped: Images that could not be read, with the reason.
+        seconds: Time since this process started training.
+        images_per_s: Training images per second in that time, over all processes.
+    """
+
+    model: Path
+    history: list[Row]
+    skipped: dict[str, str]
+    seconds: float
+    images_per_s: float
+
+
+def fit(
+    config: Config, *, resume: bool = False, report: Callable[[Status], None] = lambda status: None
+) -> Summary:
+    """Train a model with reduction on, its tokens really removed.
+
+    Run the same function in every process of `torchrun` or `accelerate launch` to train on several
+    devices. `config.out` gets `config.yaml`, `steps.csv`, `epochs.csv`, `checkpoints/` and at the
+    end `model/`.
+
+    Example:
+        >>> fit(Config(model="demo", data="demo", macs=(0.67,), out="runs/demo"))
+
+    Args:
+        config: What to do.
+        resume: Go on from the last checkpoint in `config.out`, bit for bit; start where there is
+            none.
+        report: Called after each step, in the main process only.
+
+    Raises:
+        MergenceError: Something does not fit; raised before anything is written.
+        TrainingError: The loss is no number, or another process was lost. The last state in which
+            all was well is saved.
+        CheckpointError: A checkpoint cannot be read or written.
+    """
+    folder = Path(config.out).expanduser()
+    if not resume and checkpoint.latest(folder / "checkpoints") is not None:
+        raise OptionError(
+            f"'{folder}' holds a run already. Go on with it (--resume, in Python resume=True), or "
+            "choose another folder."
+        )
+    run = Run(config)
+    restored = resume and run.restore()
+    run.on_main(lambda: _write_config(folder, config))
+    if not restored and run.val is not None:
+        run.history.append(_row(run, None, run.validate()))
+    return _Loop(run, report).fit()
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"The folder '{folder}' cannot be written to: {error}.") from error
+
+
+def _row(run: Run, loss: float | None, scores: dict[str, Score]) -> Row:
+    row: Row = {"epoch": run.position.epoch, "update": run.position.update, "loss": loss}
+    for name, score in scores.items():
+        row |= {f"{name} top1": score.top1, f"{name} loss": score.loss}
+        row |= {} if name == DENSE else {f"{name} agreement": score.agreement}
+    return row
+
+
+class _Loop:
+    """The epochs of a run, in one process of perhaps several."""
+
+    def __init__(self, run: Run, report: Callable[[Status], None]) -> None:
+        self.run = run
+        self.report = report
+        self.logs: Logs | None = None
+        if run.accelerator.is_main_process:
+            tensorboard = run.config.tensorboard
+            self.logs = Logs(run.out, run.position.update, tensorboard=tensorboard)
+        self.began = time.perf_counter()
+        self.images = 0
+
+    def fit(self) -> Summary:
+        run, position = self.run, self.run.position
+        while position.epoch < run.config.epochs:
+            for pieces in run.feed.epoch(position.epoch, position.step):
+                self._step(pieces)
+                if position.step < run.feed.steps and position.update % run.config.save_every == 0:
+                    self._save()
+            self._end_epoch()
+        return self._finish()
+
+    def _step(self, pieces: list[Batch]) -> None:
+        run, position = self.run, self.run.position
+        choice = run.timetable.at(position.update)
+        run.reducer.select(choice)
+        run.schedule.step_update(position.update)
+        for batch in pieces:
+            run.skipped |= {item.name: item.reason for item in batch.skipped}
+        images = round(self._total(sum(map(len, pieces)))[0])
+        loss, bad = torch.zeros((), device=run.accelerator.device), []
+        for number, batch in enumerate(pieces if images else ()):
+            seed_all(run.config.seed, "step", position.update, run.feed.seat.rank, number)
+            together = number == len(pieces) - 1
+            with nullcontext() if together else run.accelerator.no_sync(run.model):
+                value = self._loss(batch)
+                if not math.isfinite(value.item()):
+                    bad += batch.names
+                # Gradients are averaged over the processes, the loss is a mean over all images.
+                run.accelerator.backward(value * (run.feed.seat.world / images))
+            loss += value.detach()
+        total, broken = self._total(loss.item(), len(bad))
+        if broken:
+            self._stop("The loss", bad)
+        if images:
+            norm = run.accelerator.clip_grad_norm_(
+                run.model.parameters(), run.config.clip_grad or math.inf
+            )
+            # In fp16 the scaler skips steps whose gradients overflow, and scales down.
+            if run.config.precision != "fp16" and not math.isfinite(float(norm)):
+                self._stop("The gradient", [name for batch in pieces for name in batch.names])
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            if run.ema is not None:
+                run.ema.update(run.accelerator.unwrap_model(run.model), step=position.update)
+        position.step += 1
+        position.update += 1
+        position.images += images
+        position.loss += total
+        self.images += images
+        self._note(total / max(images, 1), choice.strength, choice.recipe)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Sum of the losses of a batch; zero for one of no images."""
+        run = self.run
+        x, labels = tensors(batch, run.loaded.input_size, run.accelerator.device)
+        x, soft = run.targets(x, labels)
+        with run.accelerator.autocast():
+            logits = run.model(x)
+        loss = -(soft * F.log_softmax(logits.float(), dim=1)).sum()
+        return loss if batch else loss * 0
+
+    def _total(self, *values: float) -> list[float]:
+        """Sums over all processes."""
+        here = torch.tensor(values, device=self.run.accelerator.device)
+        sums: list[float] = self.run.accelerator.reduce(here, "sum").tolist()
+        return sums
+
+    def _stop(self, what: str, names: list[str]) -> None:
+        """End a run whose numbers have become none; its state is that before the step."""
+        from accelerate.utils import gather_object
+
+        names = [name for name in gather_object(names) if name]
+        self.run.optimizer.zero_grad()
+        self._save()
+        raise TrainingError(
+            f"{what} of step {self.run.position.update + 1} is not a finite number. Its images: "
+            f"{', '.join(names)}. The state before this step is saved; look at the images, lower "
+            "the learning rate or clip the gradient, and go on with --resume."
+        )
+
+    def _note(self, loss: float, strength: float, recipe: str) -> None:
+        run, position = self.run, self.run.position
+        if self.logs is None:
+            return
+        speed = self.images / (time.perf_counter() - self.began)
+        epoch = position.epoch + 1
+        if position.update % run.config.log_every == 0 or position.update == run.updates:
+            rate = max(group["lr"] for group in run.optimizer.param_groups)
+            row = {"update": position.update, "epoch": epoch, "loss": loss, "lr": rate}
+            row |= {"recipe": recipe, "strength": strength, "images_per_s": round(speed, 1)}
+            self.logs.step(row)
+        left = (run.updates - position.update) * run.config.batch_size / max(speed, 1e-9)
+        status = Status(position.update, run.updates, epoch, run.config.epochs, loss, speed, left)
+        self.report(status)
+
+    def _save(self) -> None:
+        self.run.on_main(self._write_logs)
+        self.run.save()
+
+    def _write_logs(self) -> None:
+        if self.logs is not None:
+            self.logs.write(self.run.history)
+
+    def _end_epoch(self) -> None:
+        run, position = self.run, self.run.position
+        if position.images == 0:
+            raise DataError(f"No training image could be read. First: {first(run.skipped)}")
+        mean = position.loss / position.images
+        position.epoch += 1
+        position.step, position.images, position.loss = 0, 0, 0.0
+        row = _row(run, mean, run.validate())
+        run.history.append(row)
+        if self.logs is not None:
+            self.logs.epoch(row)
+        self._save()
+
+    def _finish(self) -> Summary:
+        run = self.run
+        name = next(iter(run.recipes))
+        folder = run.out / "model"
+        model = run.trained()
+        run.on_main(
+            lambda: checkpoint.write_folder(
+                folder,
+                lambda place: build.save_model(place, model, run.class_names, run.recipes[name]),
+            )
+        )
+        if self.logs is not None:
+            self.logs.close()
+        seconds = time.perf_counter() - self.began
+        return Summary(folder, run.history, run.skipped, seconds, self.images / seconds)
