@@ -31,26 +31,37 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"local-dir:{folder}"
 
 
+@pytest.fixture(scope="session")
+def config_in(tiny: str) -> Callable[[Path], Callable[..., Config]]:
+    """Builds configurations of short runs on the CPU below a folder; any field can be given."""
+
+    def place(folder: Path) -> Callable[..., Config]:
+        def build(**fields: Any) -> Config:
+            usual: dict[str, Any] = {
+                "model": tiny,
+                "data": "demo",
+                "out": str(folder / "run"),
+                "limit": 50,
+                "batch_size": 16,
+                "epochs": 2,
+                "lr": 2e-3,
+                "device": "cpu",
+            }
+            if not {"macs", "keep_rate", "recipe"} & fields.keys():
+                usual["macs"] = 0.67
+            return Config.from_dict(usual | fields)
+
+        return build
+
+    return place
+
+
 @pytest.fixture
-def config(tiny: str, tmp_path: Path) -> Callable[..., Config]:
-    """Builds the configuration of a short run on the CPU; any field can be given."""
-
-    def build(**fields: Any) -> Config:
-        usual: dict[str, Any] = {
-            "model": tiny,
-            "data": "demo",
-            "out": str(tmp_path / "run"),
-            "limit": 50,
-            "batch_size": 16,
-            "epochs": 2,
-            "lr": 2e-3,
-            "device": "cpu",
-        }
-        if not {"macs", "keep_rate", "recipe"} & fields.keys():
-            usual["macs"] = 0.67
-        return Config.from_dict(usual | fields)
-
-    return build
+def config(
+    config_in: Callable[[Path], Callable[..., Config]], tmp_path: Path
+) -> Callable[..., Config]:
+    """Builds configurations of short runs in the test's own folder."""
+    return config_in(tmp_path)
 
 
 @pytest.fixture

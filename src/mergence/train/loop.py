@@ -20,6 +20,7 @@ from mergence.train.config import Config
 from mergence.train.logs import Logs, Row, Status
 from mergence.train.run import Run
 from mergence.train.seeding import seed_all
+from mergence.train.signals import Requests
 from mergence.train.validation import DENSE, Score, first, tensors
 
 
@@ -62,8 +63,8 @@ def fit(
 
     Raises:
         MergenceError: Something does not fit; raised before anything is written.
-        TrainingError: The loss is no number, or another process was lost. The last state in which
-            all was well is saved.
+        TrainingError: The loss is no number, or the run was asked to stop (SIGINT, SIGTERM), for
+            which its state is saved first.
         CheckpointError: A checkpoint cannot be read or written.
     """
     folder = Path(config.out).expanduser()
@@ -77,7 +78,8 @@ def fit(
     run.on_main(lambda: _write_config(folder, config))
     if not restored and run.val is not None:
         run.history.append(_row(run, None, run.validate()))
-    return _Loop(run, report).fit()
+    with Requests() as requests:
+        return _Loop(run, report, requests).fit()
 
 
 def _write_config(folder: Path, config: Config) -> None:
@@ -99,9 +101,10 @@ def _row(run: Run, loss: float | None, scores: dict[str, Score]) -> Row:
 class _Loop:
     """The epochs of a run, in one process of perhaps several."""
 
-    def __init__(self, run: Run, report: Callable[[Status], None]) -> None:
+    def __init__(self, run: Run, report: Callable[[Status], None], requests: Requests) -> None:
         self.run = run
         self.report = report
+        self.requests = requests
         self.logs: Logs | None = None
         if run.accelerator.is_main_process:
             tensorboard = run.config.tensorboard
@@ -114,8 +117,14 @@ class _Loop:
         while position.epoch < run.config.epochs:
             for pieces in run.feed.epoch(position.epoch, position.step):
                 self._step(pieces)
-                if position.step < run.feed.steps and position.update % run.config.save_every == 0:
+                asked = self._total(self.requests.name is not None)[0] > 0
+                if asked or position.update % run.config.save_every == 0:
                     self._save()
+                if asked:
+                    raise TrainingError(
+                        f"Stopped on request ({self.requests.name or 'in another process'}) after "
+                        f"step {position.update}; its state is saved. Go on with --resume."
+                    )
             self._end_epoch()
         return self._finish()
 
@@ -176,16 +185,16 @@ class _Loop:
         return sums
 
     def _stop(self, what: str, names: list[str]) -> None:
-        """End a run whose numbers have become none; its state is that before the step."""
+        """End a run whose numbers have become none; nothing is saved over the last checkpoint."""
         from accelerate.utils import gather_object
 
-        names = [name for name in gather_object(names) if name]
-        self.run.optimizer.zero_grad()
-        self._save()
+        names = gather_object(names)
+        last = checkpoint.latest(self.run.checkpoints)
+        kept = "There is no checkpoint yet" if last is None else f"The checkpoint '{last}' is kept"
         raise TrainingError(
             f"{what} of step {self.run.position.update + 1} is not a finite number. Its images: "
-            f"{', '.join(names)}. The state before this step is saved; look at the images, lower "
-            "the learning rate or clip the gradient, and go on with --resume."
+            f"{', '.join(names)}. {kept}. Look at the images, lower the learning rate or clip the "
+            "gradient, and go on with --resume."
         )
 
     def _note(self, loss: float, strength: float, recipe: str) -> None:

@@ -181,7 +181,6 @@ class Run:
                 f"{self.config.data}' now has {len(self.feed.data)}, so its order is lost. Give "
                 "the same images, or start a new run from its weights with --checkpoint."
             )
-        self._note_changes(saved["config"])
         try:
             set_state_dict(
                 self.model,
@@ -197,6 +196,7 @@ class Run:
                 f"The checkpoint '{place}' does not fit this run: {error}. Resume with the model, "
                 "method, optimiser and averaging that it was made with."
             ) from error
+        self._note_changes(saved["config"])
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.position = Position(**saved["position"])
