@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergence.data import Batch
-from mergence.errors import DataError, OptionError, TrainingError
+from mergence.errors import DataError, MergenceError, OptionError, TrainingError
 from mergence.train import build, checkpoint
 from mergence.train.config import Config
 from mergence.train.logs import Logs, Row, Status
@@ -63,8 +64,8 @@ def fit(
 
     Raises:
         MergenceError: Something does not fit; raised before anything is written.
-        TrainingError: The loss is no number, or the run was asked to stop (SIGINT, SIGTERM), for
-            which its state is saved first.
+        TrainingError: The loss is no number, another process was lost, or the run was asked to stop
+            (SIGINT, SIGTERM), for which its state is saved first.
         CheckpointError: A checkpoint cannot be read or written.
     """
     folder = Path(config.out).expanduser()
@@ -78,8 +79,26 @@ def fit(
     run.on_main(lambda: _write_config(folder, config))
     if not restored and run.val is not None:
         run.history.append(_row(run, None, run.validate()))
-    with Requests() as requests:
-        return _Loop(run, report, requests).fit()
+    try:
+        with Requests() as requests, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Grad strides do not match")  # of DDP, once
+            return _Loop(run, report, requests).fit()
+    except RuntimeError as error:
+        if isinstance(error, MergenceError) or not _lost_another(run, error):
+            raise
+        last = checkpoint.latest(run.checkpoints)
+        raise TrainingError(
+            f"Another of the {run.feed.seat.world} training processes was lost "
+            f"({str(error).splitlines()[0]}). Its own output says why. "
+            + ("There is no checkpoint yet." if last is None else f"'{last}' is the last state; ")
+            + ("" if last is None else "start all processes again with --resume.")
+        ) from error
+
+
+def _lost_another(run: Run, error: RuntimeError) -> bool:
+    """Whether an error is how this process learns that another one has ended."""
+    known = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+    return run.feed.seat.world > 1 and (known or "Connection" in str(error))
 
 
 def _write_config(folder: Path, config: Config) -> None:
@@ -154,6 +173,7 @@ class _Loop:
             norm = run.accelerator.clip_grad_norm_(
                 run.model.parameters(), run.config.clip_grad or math.inf
             )
+            norm = getattr(norm, "full_tensor", lambda here=norm: here)()  # FSDP's is in parts
             # In fp16 the scaler skips steps whose gradients overflow, and scales down.
             if run.config.precision != "fp16" and not math.isfinite(float(norm)):
                 self._stop("The gradient", [name for batch in pieces for name in batch.names])

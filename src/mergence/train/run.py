@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from mergence.errors import CheckpointError, MergenceError
+from mergence.errors import CheckpointError, MergenceError, OptionError
 from mergence.train import build, checkpoint
 from mergence.train.checkpoint import State
 from mergence.train.config import Config
@@ -71,6 +71,11 @@ class Run:
             mixed_precision=config.precision,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         )
+        if config.ema and self.accelerator.distributed_type == "FSDP":
+            raise OptionError(
+                "Weights cannot be averaged (ema) while FSDP keeps each process a part of them. "
+                "Leave ema out, or train with DDP."
+            )
         seat = Seat(self.accelerator.process_index, self.accelerator.num_processes)
         pieces = config.accumulate
         self.feed = Feed(
