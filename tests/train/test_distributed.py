@@ -29,6 +29,8 @@ Build = Callable[..., Config]
 SETTINGS: dict[str, Any] = {"limit": 49, "log_every": 1, "val": "demo", "val_limit": 15}
 # Adam makes a step of full size of what is only rounding: keys' biases have no true gradient.
 SETTINGS |= {"optimizer": "sgd", "lr": 0.05}
+# Dense, weakened and full steps, and two forwards for one backward.
+SETTINGS |= {"reduction_warmup": 0.5, "teacher": "self", "distill": 1.0, "dense_loss": 0.5}
 
 
 def shard(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

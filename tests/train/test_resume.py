@@ -199,8 +199,8 @@ def test_a_loss_that_is_no_number_names_its_images(
     loss = _Loop._loss
     seen: list[list[str]] = []
 
-    def poisoned(self: _Loop, batch: Any) -> torch.Tensor:
-        value = loss(self, batch)
+    def poisoned(self: _Loop, batch: Any, choice: Any) -> torch.Tensor:
+        value = loss(self, batch, choice)
         seen.append(batch.names)
         if len(seen) == 6:
             # The root of zero: its value is fine, its gradient is not.

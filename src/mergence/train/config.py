@@ -48,6 +48,18 @@ class Config:
     )
     recipe: tuple[str, ...] = _option("Recipe files. Several train one model for all.", ())
 
+    # What the literature found to matter; sources in `mergence.train.levels` and `.objective`.
+    reduction_warmup: float = _option("Epochs from dense to the full reduction (EViT).", 0.0)
+    reduce_epochs: str = _option("Epochs with reduction: all, none, or as in 1-8,10,12-.", "all")
+    teacher: Literal["initial", "self"] = _option(
+        "Dense model to learn from: as before training (DynamicViT), or its own weights (MCTF).",
+        "initial",
+    )
+    distill: float = _option("Weight of the divergence from the teacher's answer.", 0.0)
+    temperature: float = _option("Temperature of that divergence.", 1.0)
+    consistency: float = _option("Weight of the distance from the teacher's class token.", 0.0)
+    dense_loss: float = _option("Weight of the labels' loss on the model's own dense path.", 0.0)
+
     # Images on their way to the model: timm's transforms.
     crop_scale: float = _option("Random crops hold at least this share of the image.", 0.3)
     hflip: float = _option("Probability of a horizontal flip.", 0.5)
@@ -198,6 +210,8 @@ _RANGES = (
     *((name, 0.0, _ANY) for name in ("lr", "min_lr", "weight_decay", "clip_grad", "workers")),
     *((name, 1, _ANY) for name in ("epochs", "batch_size", "accumulate", "save_every")),
     *((name, 1, _ANY) for name in ("log_every", "limit", "val_limit")),
+    *((name, 0.0, _ANY) for name in ("reduction_warmup", "distill", "consistency", "dense_loss")),
+    ("temperature", 0.01, _ANY),
     ("crop_scale", 0.01, 1.0),
     ("layer_decay", 0.01, 1.0),
 )

@@ -44,9 +44,9 @@ class Timetable:
       (LengthDrop of Kim and Cho, *Length-Adaptive Transformer*, arXiv 2010.07003; MCTF, arXiv
       2403.10030, draws r in its second path).
     * Keep-rate warm-up: the first reduced epochs start dense and remove more from step to step,
-      along a cosine (EViT, arXiv 2202.07800, section 3.3; there over 100 epochs from the 10th).
+      along a cosine (EViT, arXiv 2202.07800; there over 100 epochs from the 10th).
     * Reduction on in some epochs and off in others, for instance off in the last ones (as FLIP,
-      arXiv 2212.00794, section 3.1, tunes unmasked at the end).
+      arXiv 2212.00794, tunes unmasked at the end).
 
     Attributes:
         recipes: Names of the recipes.

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mergence.data import Batch
 from mergence.errors import DataError, MergenceError, OptionError, TrainingError
 from mergence.train import build, checkpoint
 from mergence.train.config import Config
+from mergence.train.levels import Choice
 from mergence.train.logs import Logs, Row, Status
 from mergence.train.run import Run
 from mergence.train.seeding import seed_all
@@ -150,7 +150,6 @@ class _Loop:
     def _step(self, pieces: list[Batch]) -> None:
         run, position = self.run, self.run.position
         choice = run.timetable.at(position.update)
-        run.reducer.select(choice)
         run.schedule.step_update(position.update)
         for batch in pieces:
             run.skipped |= {item.name: item.reason for item in batch.skipped}
@@ -160,7 +159,7 @@ class _Loop:
             seed_all(run.config.seed, "step", position.update, run.feed.seat.rank, number)
             together = number == len(pieces) - 1
             with nullcontext() if together else run.accelerator.no_sync(run.model):
-                value = self._loss(batch)
+                value = self._loss(batch, choice)
                 if not math.isfinite(value.item()):
                     bad += batch.names
                 # Gradients are averaged over the processes, the loss is a mean over all images.
@@ -188,14 +187,13 @@ class _Loop:
         self.images += images
         self._note(total / max(images, 1), choice.strength, choice.recipe)
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch, choice: Choice) -> Tensor:
         """Sum of the losses of a batch; zero for one of no images."""
         run = self.run
         x, labels = tensors(batch, run.loaded.input_size, run.accelerator.device)
         x, soft = run.targets(x, labels)
         with run.accelerator.autocast():
-            logits = run.model(x)
-        loss = -(soft * F.log_softmax(logits.float(), dim=1)).sum()
+            loss = run.objective(run.model, x, soft, choice).sum()
         return loss if batch else loss * 0
 
     def _total(self, *values: float) -> list[float]:

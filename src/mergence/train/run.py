@@ -19,6 +19,7 @@ from mergence.train.config import Config
 from mergence.train.feed import Feed, Seat
 from mergence.train.levels import Choice, Reducer, Timetable
 from mergence.train.logs import Row
+from mergence.train.objective import Objective
 from mergence.train.seeding import seed_all
 from mergence.train.targets import Targets
 from mergence.train.validation import DENSE, Score, validate
@@ -85,13 +86,20 @@ class Run:
         self.val = None
         if val is not None:
             self.val = Feed(val, per_process, shuffle=False, seat=seat, workers=config.workers)
-        self.timetable = Timetable(recipes=tuple(self.recipes), steps=self.feed.steps)
+        self.timetable = Timetable(
+            recipes=tuple(self.recipes),
+            steps=self.feed.steps,
+            warmup=config.reduction_warmup,
+            epochs=config.reduce_epochs,
+            seed=config.seed,
+        )
         known = None if config.new_head else self.loaded.label_names
         self.class_names = known or train.class_names or ()
         self.targets = Targets.of(config, len(self.class_names))
-        model.to(self.accelerator.device).train()
         self._template = copy.deepcopy(model)
+        model.to(self.accelerator.device).train()
         self.ema = self._averaged(model) if config.ema else None
+        self.objective = Objective(config, model, self.reducer)
         optimizer = build.optimizer_of(model, config)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = build.schedule_of(self.optimizer, config, self.feed.steps)
