@@ -30,6 +30,8 @@ SETTINGS: dict[str, Any] = {"limit": 49, "log_every": 1, "val": "demo", "val_lim
 # Adam makes a step of full size of what is only rounding: keys' biases have no true gradient.
 SETTINGS |= {"optimizer": "sgd", "lr": 0.05}
 # Dense, weakened and full steps, and two forwards for one backward.
+# In dense steps the fusion takes no part.
+SETTINGS |= {"method": "mstm", "set": {"fusion": True}, "learned_lr": 0.5}
 SETTINGS |= {"reduction_warmup": 0.5, "teacher": "self", "distill": 1.0, "dense_loss": 0.5}
 
 

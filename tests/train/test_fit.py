@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import mergence
@@ -198,3 +200,43 @@ def test_the_resolved_configuration_repeats_the_run(config: Build, tmp_path: Pat
     assert json.dumps(first.history) == json.dumps(again.history)
     weights = [(s.model / "model.safetensors").read_bytes() for s in (first, again)]
     assert weights[0] == weights[1]
+
+
+def test_multi_scale_fusion_is_learned_at_its_own_rate(config: Build, tmp_path: Path) -> None:
+    moved = {}
+    for rate in (None, 0.1):
+        out = str(tmp_path / str(rate))
+        settings = config(method="mstm", set={"fusion": True}, learned_lr=rate, val="demo",
+                          val_limit=40, layer_decay=0.5, out=out)  # fmt: skip
+        run = Run(settings)
+        run.schedule.step_update(0)
+        (gates,) = (p for n, p in run.loaded.model.named_parameters() if n.endswith("gates"))
+        (group,) = (g for g in run.optimizer.param_groups if any(p is gates for p in g["params"]))
+        assert len(group["params"]) == 7
+        assert (group["lr"], group["weight_decay"]) == (pytest.approx(rate or settings.lr), 0)
+        summary = fit(settings)
+        recipe = mergence.Recipe.load(summary.model / "recipe.json")
+        moved[rate] = float(load_file(recipe.learned)["gates"].abs().mean())
+    assert 0 < 10 * moved[None] < moved[0.1]
+    # The recipe brings what was learned; without it the fusion would have no effect again.
+    loaded = load_model(f"local-dir:{summary.model}")
+    images = open_images("demo", transform=loaded.transform, mode="L", limit=40)
+    fresh = replace(recipe, learned=None)
+    found = mergence.evaluate(
+        loaded.model, loader(images, batch_size=64), {"learned": recipe, "fresh": fresh}
+    )
+    dense, learned, unlearned = found.results
+    last = summary.history[-1]
+    assert last["dense top1"] == pytest.approx(dense.top1)
+    assert last["mstm 0.67 top1"] == pytest.approx(learned.top1)
+    assert last["mstm 0.67 agreement"] == pytest.approx(learned.agreement)
+    assert learned.kl != unlearned.kl
+
+
+def test_each_budget_has_its_recipe_beside_the_model(config: Build) -> None:
+    summary = fit(config(macs=[0.8, 0.5], epochs=1))
+    shares = [
+        mergence.Recipe.load(summary.model / name).schedule.macs  # type: ignore[attr-defined]
+        for name in ("recipe.json", "mergence-0.5.json")
+    ]
+    assert shares == [0.8, 0.5]

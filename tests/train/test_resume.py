@@ -26,6 +26,7 @@ Build = Callable[..., Config]
 EVERYTHING: dict[str, Any] = {
     "ema": 0.9, "mixup": 0.5, "drop_path": 0.2, "val": "demo", "val_limit": 10, "save_every": 1,
     "macs": [0.8, 0.6], "optimizer": "nadamw", "log_every": 1,
+    "method": "mstm", "set": {"fusion": True}, "learned_lr": 0.02,
 }  # fmt: skip
 
 

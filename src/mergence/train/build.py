@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mergence import family
+from mergence import family, surgery
 from mergence.api import remove
 from mergence.data import ImageData, open_images
 from mergence.errors import DataError, MissingExtraError, OptionError, UnsupportedModelError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 WEIGHTS = "model.safetensors"
+LEARNED = "learned.safetensors"
 
 # The schedules that are a function of the step alone, so that a run can go on at any of them.
 SCHEDULES = ("cosine", "tanh", "poly", "step", "constant")
@@ -185,6 +187,9 @@ def _training_transform(config: Config, loaded: LoadedModel) -> Callable[[Image]
 def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Timm's optimiser, with weight decay where it belongs and rates that fall with depth.
 
+    What a method has put in to be learned starts at zero effect in a model that is trained already:
+    it gets a rate of its own, `learned_lr`, and no weight decay, which would hold it there.
+
     Raises:
         OptionError: There is no such optimiser.
     """
@@ -198,6 +203,14 @@ def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         weight_decay=config.weight_decay,
         layer_decay=config.layer_decay,
     )
+    inserted = [m for m in map(surgery.learned_module, model.modules()) if m is not None]
+    learned = {parameter for module in inserted for parameter in module.parameters()}
+    for group in list(optimizer.param_groups) if learned else ():
+        group["params"] = [p for p in group["params"] if p not in learned]
+    if learned:
+        scale = 1.0 if config.learned_lr is None else config.learned_lr / config.lr
+        parameters = [p for p in model.parameters() if p in learned]  # in a fixed order
+        optimizer.add_param_group({"params": parameters, "weight_decay": 0.0, "lr_scale": scale})
     return optimizer
 
 
@@ -233,17 +246,23 @@ def _known(option: str, name: str, names: Any) -> None:
         raise OptionError(f"There is no {option} '{name}'. {hint}")
 
 
-def save_model(folder: Path, model: nn.Module, names: Sequence[str], recipe: Recipe) -> None:
+def save_model(
+    folder: Path, model: nn.Module, names: Sequence[str], recipes: Mapping[str, Recipe]
+) -> None:
     """Write a trained model, dense: timm's in its hub layout, which `local-dir:FOLDER` loads.
 
     Args:
         folder: Where to.
         model: The model with its trained weights, reduced or not; it is made dense.
         names: What its classes are called.
-        recipe: The reduction that it was trained for, written beside the weights.
+        recipes: The reductions that it was trained for, written beside the weights: the first as
+            recipe.json, others by name. What their method learned is in a file that they name.
     """
     from safetensors.torch import save_file
 
+    learned = next(filter(None, map(surgery.learned_module, model.modules())), None)
+    if learned is not None:
+        save_file(learned.state_dict(), folder / LEARNED)
     remove(model)
     if hasattr(model, "pretrained_cfg"):
         from timm.models import save_for_hf
@@ -252,4 +271,7 @@ def save_model(folder: Path, model: nn.Module, names: Sequence[str], recipe: Rec
         save_for_hf(model, folder, model_config=config, safe_serialization=True)
     else:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
-    recipe.save(folder / "recipe.json")
+    for place, (name, recipe) in enumerate(recipes.items()):
+        if learned is not None:
+            recipe = replace(recipe, learned=folder / LEARNED)
+        recipe.save(folder / f"{name.replace(' ', '-') if place else 'recipe'}.json")

@@ -78,6 +78,9 @@ class Config:
     optimizer: str = _option("timm's name of an optimiser.", "adamw")
     lr: float = _option("Learning rate at its highest.", 5e-5)
     weight_decay: float = _option("Weight decay, not on biases and norms.", 0.05)
+    learned_lr: float | None = _option(
+        "Rate of what a method learns, such as mstm's fusion; without it, lr.", None
+    )
     layer_decay: float | None = _option("Factor on the rate from each layer to the next.", None)
     clip_grad: float | None = _option("Largest norm of the gradient.", None)
     schedule: str = _option("timm's name of a schedule of the learning rate.", "cosine")
@@ -207,7 +210,10 @@ _ANY = float("inf")
 _RANGES = (
     *((name, 0.0, 1.0) for name in ("hflip", "erase", "smoothing", "drop_path", "ema")),
     *((name, 0.0, _ANY) for name in ("mixup", "cutmix", "color_jitter", "warmup_epochs")),
-    *((name, 0.0, _ANY) for name in ("lr", "min_lr", "weight_decay", "clip_grad", "workers")),
+    *(
+        (name, 0.0, _ANY)
+        for name in ("lr", "learned_lr", "min_lr", "weight_decay", "clip_grad", "workers")
+    ),
     *((name, 1, _ANY) for name in ("epochs", "batch_size", "accumulate", "save_every")),
     *((name, 1, _ANY) for name in ("log_every", "limit", "val_limit")),
     *((name, 0.0, _ANY) for name in ("reduction_warmup", "distill", "consistency", "dense_loss")),

@@ -137,7 +137,8 @@ class _Loop:
             for pieces in run.feed.epoch(position.epoch, position.step):
                 self._step(pieces)
                 asked = self._total(self.requests.name is not None)[0] > 0
-                if asked or position.update % run.config.save_every == 0:
+                due = position.update % run.config.save_every == 0
+                if asked or (due and position.step < run.feed.steps):
                     self._save()
                 if asked:
                     raise TrainingError(
@@ -253,13 +254,12 @@ class _Loop:
 
     def _finish(self) -> Summary:
         run = self.run
-        name = next(iter(run.recipes))
         folder = run.out / "model"
         model = run.trained()
         run.on_main(
             lambda: checkpoint.write_folder(
                 folder,
-                lambda place: build.save_model(place, model, run.class_names, run.recipes[name]),
+                lambda place: build.save_model(place, model, run.class_names, run.recipes),
             )
         )
         if self.logs is not None:
