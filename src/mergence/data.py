@@ -90,7 +90,7 @@ class _Folder:
         return [file.relative_to(self.root).as_posix() for file in files]
 
     def open(self, name: str) -> Image:
-        return _decode((self.root / name).read_bytes())
+        return decode((self.root / name).read_bytes())
 
 
 @dataclass
@@ -119,7 +119,7 @@ class _Zip:
 
     def open(self, name: str) -> Image:
         try:
-            return _decode(self._archive().read(name))
+            return decode(self._archive().read(name))
         except RuntimeError as error:  # how zipfile reports encryption and unknown compression
             raise zipfile.BadZipFile(str(error)) from error
 
@@ -143,7 +143,8 @@ class _Demo:
         return Image.frombytes("L", (28, 28), self.pixels[start : start + 784])
 
 
-def _decode(encoded: bytes) -> Image:
+def decode(encoded: bytes) -> Image:
+    """An image that knows its format and size and is read on demand."""
     from PIL import Image
 
     return Image.open(io.BytesIO(encoded))
@@ -172,18 +173,25 @@ class ImageData(Dataset[Sample | Skipped]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample | Skipped:
-        from PIL import Image
-
         name = self.names[index]
-        try:
-            # convert() decodes all of the file, so that a truncated one is noticed here.
-            image = self.source.open(name).convert(self.mode)
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            return Skipped(name, f"{type(error).__name__}: {error}")
-        except Image.DecompressionBombError as error:
-            return Skipped(name, str(error))
+        image = open_image(name, lambda: self.source.open(name), self.mode)
+        if isinstance(image, Skipped):
+            return image
         label = None if self.labels is None else self.labels[index]
         return Sample(self.transform(image), label, name)
+
+
+def open_image(name: str, opener: Callable[[], Image], mode: str) -> Image | Skipped:
+    """Decode an image, or say why that cannot be done."""
+    from PIL.Image import DecompressionBombError
+
+    try:
+        # convert() decodes all of the file, so that a truncated one is noticed here.
+        return opener().convert(mode)
+    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        return Skipped(name, f"{type(error).__name__}: {error}")
+    except DecompressionBombError as error:
+        return Skipped(name, str(error))
 
 
 def open_images(
@@ -230,7 +238,7 @@ def open_images(
         names = [name for name in names if _is_image(name)]
         folders, labels = _classes(names, path, class_names or ())
     if labels is not None:
-        class_names, order = _match(folders, class_names, num_classes, path)
+        class_names, order = match_classes(folders, class_names, num_classes, path)
         labels = [order[label] for label in labels]
     if limit is not None:
         kept = _balanced(labels or [0] * len(names), limit, seed)
@@ -319,13 +327,23 @@ def _classes(
     return folders, [index[p[0]] for p in parts]
 
 
-def _match(
+def match_classes(
     folders: Sequence[str],
     class_names: Sequence[str] | None,
     num_classes: int | None,
     path: str | Path,
 ) -> tuple[Sequence[str], list[int] | range]:
-    """The names of the class indices, and the class index of each folder."""
+    """The names of the class indices, and the class index of each folder.
+
+    Args:
+        folders: Class folders, or whatever a collection calls its classes.
+        class_names: The model's classes in output order, where they have names.
+        num_classes: Their number, where they have none.
+        path: What the collection is called in an error.
+
+    Raises:
+        DataError: The classes do not fit.
+    """
     if class_names is not None:
         # Two ImageNet classes are both called "crane": such a name says nothing.
         counts = Counter(class_names)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from mergence import demo
 from mergence.errors import MergenceError
 from mergence.train import Config, fit
 from mergence.train.loop import _Loop
@@ -184,3 +187,28 @@ def test_torchrun_starts_it(config: Build, tmp_path: Path, alone: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("What the run did") == 1
     agree(alone, tmp_path / "run")
+
+
+def test_uneven_shards_are_read_to_the_end(config: Build, tmp_path: Path) -> None:
+    """One process has far more images than the other; both make as many steps."""
+    pytest.importorskip("webdataset", reason="webdataset is not installed")
+    data = demo.images(demo.load(), limit=20)
+    for number, names in enumerate((data.names[:17], data.names[17:])):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            for name in names:
+                file = io.BytesIO()
+                data.source.open(name).save(file, "png")
+                for ending, content in (("png", file.getvalue()), ("cls", b"3")):
+                    entry = tarfile.TarInfo(f"{Path(name).name}.{ending}")
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+    stream = f"wds:{tmp_path}/*.tar"
+    settings = config(
+        data=stream, val=stream, limit=None, epoch_images=20, batch_size=8, epochs=1, log_every=1
+    )
+    assert pair(settings) == {0: "done", 1: "done"}
+    # Four images a step for each process: five steps for seventeen images.
+    assert [row["update"] for row in rows(tmp_path / "run" / "steps.csv")] == [1, 2, 3, 4, 5]
+    fit(config(data=stream, val=stream, limit=None, epoch_images=20, out=str(tmp_path / "one")))
+    start, again = (rows(tmp_path / name / "epochs.csv")[0] for name in ("run", "one"))
+    assert start["dense loss"] == pytest.approx(again["dense loss"], rel=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +19,11 @@ from mergence.errors import DataError, MissingExtraError, OptionError, Unsupport
 from mergence.models import LoadedModel, load_model
 from mergence.recipe import Recipe, make
 from mergence.train.config import Config
+from mergence.train.feed import Feed, Seat
+from mergence.train.shards import is_stream
+from mergence.train.stream import StreamData, StreamFeed, open_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from PIL.Image import Image
 
 WEIGHTS = "model.safetensors"
@@ -109,7 +110,10 @@ def _add_drop_path(model: nn.Module, rate: float) -> None:
             setattr(block, name, DropPath(float(probability)))
 
 
-def open_data(config: Config, loaded: LoadedModel) -> tuple[ImageData, ImageData | None]:
+Data = ImageData | StreamData
+
+
+def open_data(config: Config, loaded: LoadedModel) -> tuple[Data, Data | None]:
     """Training and validation images, with the transforms of the model and of the configuration.
 
     With `new_head` the model gets a fresh classifier for the classes of the training images here.
@@ -123,14 +127,8 @@ def open_data(config: Config, loaded: LoadedModel) -> tuple[ImageData, ImageData
     }
     if config.new_head:
         known = {}
-    train = open_images(
-        config.data,
-        transform=_training_transform(config, loaded),
-        mode=loaded.mode,
-        limit=config.limit,
-        seed=config.seed,
-        **known,
-    )
+    transform = _training_transform(config, loaded)
+    train = _open(config, config.data, config.limit, loaded.mode, transform, known)
     if train.labels is None or train.class_names is None:
         raise DataError(
             f"'{config.data}' has no class folders, so there is nothing to learn from. Put each "
@@ -141,17 +139,46 @@ def open_data(config: Config, loaded: LoadedModel) -> tuple[ImageData, ImageData
         known = {"class_names": train.class_names}
     if config.val is None:
         return train, None
-    val = open_images(
-        config.val,
-        transform=loaded.transform,
-        mode=loaded.mode,
-        limit=config.val_limit,
-        seed=config.seed,
-        **known,
-    )
+    val = _open(config, config.val, config.val_limit, loaded.mode, loaded.transform, known)
     if val.labels is None:
         raise DataError(f"'{config.val}' has no class folders, so nothing can be validated on it.")
     return train, val
+
+
+def _open(
+    config: Config, path: str, limit: int | None, mode: str, transform: Any, known: dict[str, Any]
+) -> Data:
+    if not is_stream(path):
+        return open_images(
+            path, transform=transform, mode=mode, limit=limit, seed=config.seed, **known
+        )
+    if limit is not None:
+        raise OptionError(f"'{path}' is a stream, which is read to its end: leave out the limit.")
+    return open_stream(path, transform=transform, mode=mode, size=config.epoch_images, **known)
+
+
+def feed_of(
+    data: Data, config: Config, seat: Seat, anyone: Callable[[bool], bool], *, training: bool
+) -> Feed | StreamFeed:
+    """A collection in steps, for training or in order and whole batches for validation.
+
+    Raises:
+        OptionError: Nobody knows how many images a stream has.
+    """
+    if training and len(data) == 0:
+        raise OptionError(
+            f"'{config.data}' does not say how many images it has, and the schedules of the run "
+            "must know. Say it with epoch_images."
+        )
+    pieces = config.accumulate if training else 1
+    # Without a gradient a process manages its whole part at once, and as much as a piece was.
+    batch_size = config.batch_size if training else -(-config.batch_size // config.accumulate)
+    if isinstance(data, ImageData):
+        return Feed(data, batch_size, pieces, training, config.seed, seat, config.workers)
+    return StreamFeed(
+        *(data, batch_size, anyone, pieces, training, config.seed, seat, config.workers),
+        buffer=config.shuffle_buffer,
+    )
 
 
 def _replace_head(model: nn.Module, classes: int) -> None:

@@ -28,7 +28,10 @@ class Config:
 
     # What is trained, on what, and where it is written to.
     model: str = _option("timm:NAME, timm-random:NAME, local-dir:PATH (timm's hub layout) or demo.")
-    data: str = _option("Training images: a folder with a folder for each class, a .zip, or demo.")
+    data: str = _option(
+        "Training images: a folder with a folder for each class, a .zip of one, demo, "
+        "wds:SHARDS (WebDataset) or hf:NAME@SPLIT (Hugging Face)."
+    )
     val: str | None = _option("Validation images, evaluated densely and reduced each epoch.", None)
     out: str = _option("Folder for checkpoints, logs, the configuration and the trained model.")
     checkpoint: str | None = _option("Load these weights into the model first.", None)
@@ -36,6 +39,9 @@ class Config:
     new_head: bool = _option("Start with a new classifier for the classes of the data.", False)
     limit: int | None = _option("Train on so many images, spread evenly over the classes.", None)
     val_limit: int | None = _option("Validate on so many images.", None)
+
+    epoch_images: int | None = _option("Images of a stream that does not say how many.", None)
+    shuffle_buffer: int = _option("Images of a stream among which each worker draws.", 1000)
 
     # Reduction, as everywhere else; several budgets or recipes take turns at random.
     method: str = _option("A method's name.", "mergence")
@@ -215,7 +221,10 @@ _RANGES = (
         for name in ("lr", "learned_lr", "min_lr", "weight_decay", "clip_grad", "workers")
     ),
     *((name, 1, _ANY) for name in ("epochs", "batch_size", "accumulate", "save_every")),
-    *((name, 1, _ANY) for name in ("log_every", "limit", "val_limit")),
+    *(
+        (name, 1, _ANY)
+        for name in ("log_every", "limit", "val_limit", "epoch_images", "shuffle_buffer")
+    ),
     *((name, 0.0, _ANY) for name in ("reduction_warmup", "distill", "consistency", "dense_loss")),
     ("temperature", 0.01, _ANY),
     ("crop_scale", 0.01, 1.0),

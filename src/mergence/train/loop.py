@@ -136,7 +136,7 @@ class _Loop:
         while position.epoch < run.config.epochs:
             for pieces in run.feed.epoch(position.epoch, position.step):
                 self._step(pieces)
-                asked = self._total(self.requests.name is not None)[0] > 0
+                asked = run.anyone(self.requests.name is not None)
                 due = position.update % run.config.save_every == 0
                 if asked or (due and position.step < run.feed.steps):
                     self._save()
@@ -154,7 +154,7 @@ class _Loop:
         run.schedule.step_update(position.update)
         for batch in pieces:
             run.skipped |= {item.name: item.reason for item in batch.skipped}
-        images = round(self._total(sum(map(len, pieces)))[0])
+        images = round(run.total(sum(map(len, pieces)))[0])
         loss, bad = torch.zeros((), device=run.accelerator.device), []
         for number, batch in enumerate(pieces if images else ()):
             seed_all(run.config.seed, "step", position.update, run.feed.seat.rank, number)
@@ -166,7 +166,7 @@ class _Loop:
                 # Gradients are averaged over the processes, the loss is a mean over all images.
                 run.accelerator.backward(value * (run.feed.seat.world / images))
             loss += value.detach()
-        total, broken = self._total(loss.item(), len(bad))
+        total, broken = run.total(loss.item(), len(bad))
         if broken:
             self._stop("The loss", bad)
         if images:
@@ -196,12 +196,6 @@ class _Loop:
         with run.accelerator.autocast():
             loss = run.objective(run.model, x, soft, choice).sum()
         return loss if batch else loss * 0
-
-    def _total(self, *values: float) -> list[float]:
-        """Sums over all processes."""
-        here = torch.tensor(values, device=self.run.accelerator.device)
-        sums: list[float] = self.run.accelerator.reduce(here, "sum").tolist()
-        return sums
 
     def _stop(self, what: str, names: list[str]) -> None:
         """End a run whose numbers have become none; nothing is saved over the last checkpoint."""

@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mergence.errors import CheckpointError, MergenceError, OptionError
 from mergence.train import build, checkpoint
 from mergence.train.checkpoint import State
 from mergence.train.config import Config
-from mergence.train.feed import Feed, Seat
+from mergence.train.feed import Seat
 from mergence.train.levels import Choice, Reducer, Timetable
 from mergence.train.logs import Row
 from mergence.train.objective import Objective
@@ -78,14 +79,10 @@ class Run:
                 "Leave ema out, or train with DDP."
             )
         seat = Seat(self.accelerator.process_index, self.accelerator.num_processes)
-        pieces = config.accumulate
-        self.feed = Feed(
-            train, config.batch_size, pieces, seed=config.seed, seat=seat, workers=config.workers
-        )
-        per_process = -(-config.batch_size // pieces)
+        self.feed = build.feed_of(train, config, seat, self.anyone, training=True)
         self.val = None
         if val is not None:
-            self.val = Feed(val, per_process, shuffle=False, seat=seat, workers=config.workers)
+            self.val = build.feed_of(val, config, seat, self.anyone, training=False)
         self.timetable = Timetable(
             recipes=tuple(self.recipes),
             steps=self.feed.steps,
@@ -244,6 +241,16 @@ class Run:
             averaged = None if self.ema is None else self.ema.module.state_dict()
             self._template.load_state_dict(averaged or state)
         return self._template
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over all processes."""
+        here = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
+        sums: list[float] = self.accelerator.reduce(here, "sum").tolist()
+        return sums
+
+    def anyone(self, here: bool) -> bool:
+        """Whether something is so in any process."""
+        return self.total(here)[0] > 0
 
     def on_main(self, action: Callable[[], object]) -> None:
         """Do something in one process; if it fails there, it fails in all of them.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mergence.data import Batch, Skipped
 from mergence.errors import DataError
 from mergence.train.feed import Feed
+from mergence.train.stream import StreamFeed
 
 DENSE = "dense"
 
@@ -46,7 +47,7 @@ def tensors(batch: Batch, shape: tuple[int, ...], device: torch.device) -> tuple
 @torch.no_grad()
 def validate(
     model: nn.Module,
-    feed: Feed,
+    feed: Feed | StreamFeed,
     paths: Mapping[str, Callable[[], object]],
     *,
     shape: tuple[int, ...],
