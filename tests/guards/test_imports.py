@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("families", "tracing"),
     ("recipe",),
     ("api",),
-    ("data", "devices", "distances", "models", "regions"),
+    ("data", "sources", "devices", "distances", "models", "regions"),
     ("saving",),
     ("benchmark", "evaluation", "calibration", "frontier", "visualize", "train", "demo"),
     ("exporting",),

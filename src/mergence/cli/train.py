@@ -51,7 +51,7 @@ def _values(file: Path | None, given: dict[str, Any], resume: bool) -> dict[str,
     values = read_yaml(file)
     unknown = values.keys() - set(Config.names())
     if unknown:  # named here with its file; otherwise the command would be blamed
-        Config.from_dict({**values, "model": "", "data": "", "out": ""}, f"'{file}'")
+        Config.from_dict({**values, "model": "", "data": [], "out": ""}, f"'{file}'")
     return values
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from mergence import family, surgery
 from mergence.api import remove
-from mergence.data import ImageData, open_images
+from mergence.data import ImageData, join, open_images
 from mergence.errors import DataError, MissingExtraError, OptionError, UnsupportedModelError
 from mergence.models import LoadedModel, load_model
 from mergence.recipe import Recipe, make
@@ -25,6 +25,8 @@ from mergence.train.stream import StreamData, StreamFeed, open_stream
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+Data = ImageData | StreamData
 
 WEIGHTS = "model.safetensors"
 LEARNED = "learned.safetensors"
@@ -110,9 +112,6 @@ def _add_drop_path(model: nn.Module, rate: float) -> None:
             setattr(block, name, DropPath(float(probability)))
 
 
-Data = ImageData | StreamData
-
-
 def open_data(config: Config, loaded: LoadedModel) -> tuple[Data, Data | None]:
     """Training and validation images, with the transforms of the model and of the configuration.
 
@@ -131,7 +130,7 @@ def open_data(config: Config, loaded: LoadedModel) -> tuple[Data, Data | None]:
     train = _open(config, config.data, config.limit, loaded.mode, transform, known)
     if train.labels is None or train.class_names is None:
         raise DataError(
-            f"'{config.data}' has no class folders, so there is nothing to learn from. Put each "
+            f"'{config.data[0]}' has no class folders, so there is nothing to learn from. Put each "
             "image into a folder that is called as its class."
         )
     if config.new_head:
@@ -139,22 +138,30 @@ def open_data(config: Config, loaded: LoadedModel) -> tuple[Data, Data | None]:
         known = {"class_names": train.class_names}
     if config.val is None:
         return train, None
-    val = _open(config, config.val, config.val_limit, loaded.mode, loaded.transform, known)
+    val = _open(config, (config.val,), config.val_limit, loaded.mode, loaded.transform, known)
     if val.labels is None:
         raise DataError(f"'{config.val}' has no class folders, so nothing can be validated on it.")
     return train, val
 
 
 def _open(
-    config: Config, path: str, limit: int | None, mode: str, transform: Any, known: dict[str, Any]
+    config: Config,
+    paths: Sequence[str],
+    limit: int | None,
+    mode: str,
+    transform: Any,
+    known: dict[str, Any],
 ) -> Data:
-    if not is_stream(path):
-        return open_images(
-            path, transform=transform, mode=mode, limit=limit, seed=config.seed, **known
+    known = known | {"transform": transform, "mode": mode}
+    if not any(map(is_stream, paths)):
+        each = limit and -(-limit // max(len(paths), 1))
+        return join({p: open_images(p, limit=each, seed=config.seed, **known) for p in paths})
+    if limit is not None or len(paths) > 1:
+        raise OptionError(
+            f"'{paths[0]}' is a stream, which is read alone and to its end. Leave out limits and "
+            "other data."
         )
-    if limit is not None:
-        raise OptionError(f"'{path}' is a stream, which is read to its end: leave out the limit.")
-    return open_stream(path, transform=transform, mode=mode, size=config.epoch_images, **known)
+    return open_stream(paths[0], size=config.epoch_images, **known)
 
 
 def feed_of(
@@ -167,7 +174,7 @@ def feed_of(
     """
     if training and len(data) == 0:
         raise OptionError(
-            f"'{config.data}' does not say how many images it has, and the schedules of the run "
+            f"'{config.data[0]}' does not say how many images it has, and the schedules of the run "
             "must know. Say it with epoch_images."
         )
     pieces = config.accumulate if training else 1

@@ -28,9 +28,10 @@ class Config:
 
     # What is trained, on what, and where it is written to.
     model: str = _option("timm:NAME, timm-random:NAME, local-dir:PATH (timm's hub layout) or demo.")
-    data: str = _option(
-        "Training images: a folder with a folder for each class, a .zip of one, demo, "
-        "wds:SHARDS (WebDataset) or hf:NAME@SPLIT (Hugging Face)."
+    data: tuple[str, ...] = _option(
+        "Training images: a folder with a folder for each class, a .zip of one, demo, synthetic:N, "
+        "wds:SHARDS (WebDataset) or hf:NAME@SPLIT (Hugging Face). Folders and archives may be "
+        "several."
     )
     val: str | None = _option("Validation images, evaluated densely and reduced each epoch.", None)
     out: str = _option("Folder for checkpoints, logs, the configuration and the trained model.")
@@ -106,6 +107,8 @@ class Config:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+        if not self.data:
+            raise OptionError("data is empty; give the images to train on.")
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

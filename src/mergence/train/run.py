@@ -188,8 +188,8 @@ class Run:
         if saved["images"] != len(self.feed.data):
             raise CheckpointError(
                 f"The run in '{self.out}' trains on {saved['images']} images and '"
-                f"{self.config.data}' now has {len(self.feed.data)}, so its order is lost. Give "
-                "the same images, or start a new run from its weights with --checkpoint."
+                f"{', '.join(self.config.data)}' now has {len(self.feed.data)}, so its order is "
+                "lost. Give the same images, or start a new run from its weights with --checkpoint."
             )
         try:
             set_state_dict(

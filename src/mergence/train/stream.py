@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mergence.data import Batch, Sample, Skipped, collate, decode, match_classes, open_image
+from mergence.data import Batch, Sample, Skipped, collate, match_classes, open_image
 from mergence.errors import DataError
+from mergence.sources import decode
 from mergence.train.feed import Seat
 from mergence.train.seeding import seed_at, seeded
 from mergence.train.shards import Encoded, Shards, open_shards
