@@ -229,7 +229,7 @@ def test_what_is_wrong_with_a_stream_is_said_first(
         attempt(f"hf:{tmp_path}/nowhere")
     with pytest.raises(OptionError, match="epoch_images"):
         attempt(f"wds:{tars}/*.tar", epoch_images=None)
-    with pytest.raises(OptionError, match="leave out the limit"):
+    with pytest.raises(OptionError, match="Leave out limits"):
         attempt(f"wds:{tars}/*.tar", limit=5)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.csv").write_text("a,b\n1,2\n")
