@@ -5,18 +5,17 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import mergence
 from mergence.data import loader, open_images
 from mergence.errors import DataError, OptionError
 from mergence.models import load_model
+from mergence.recipe import make
 from mergence.train import Config, Status, fit
 from mergence.train.config import read_yaml
 from mergence.train.run import Run
@@ -54,7 +53,7 @@ def test_the_trained_model_is_loaded_by_name_with_its_recipe(config: Build) -> N
     images = open_images(
         "demo", transform=loaded.transform, mode="L", class_names=loaded.label_names, limit=40
     )
-    recipe = mergence.Recipe.load(summary.model / "recipe.json")
+    recipe = mergence.Recipe.load(summary.model / "mergence.json")
     found = mergence.evaluate(loaded.model, loader(images, batch_size=16), {"r": recipe})
     last = summary.history[-1]
     assert last["dense top1"] == pytest.approx(found.results[0].top1)
@@ -215,28 +214,44 @@ def test_multi_scale_fusion_is_learned_at_its_own_rate(config: Build, tmp_path: 
         assert len(group["params"]) == 7
         assert (group["lr"], group["weight_decay"]) == (pytest.approx(rate or settings.lr), 0)
         summary = fit(settings)
-        recipe = mergence.Recipe.load(summary.model / "recipe.json")
-        moved[rate] = float(load_file(recipe.learned)["gates"].abs().mean())
+        model = mergence.load(summary.model)
+        (gates,) = (p for n, p in model.named_parameters() if n.endswith("gates"))
+        moved[rate] = float(gates.detach().abs().mean())
     assert 0 < 10 * moved[None] < moved[0.1]
-    # The recipe brings what was learned; without it the fusion would have no effect again.
     loaded = load_model(f"local-dir:{summary.model}")
     images = open_images("demo", transform=loaded.transform, mode="L", limit=40)
-    fresh = replace(recipe, learned=None)
-    found = mergence.evaluate(
-        loaded.model, loader(images, batch_size=64), {"learned": recipe, "fresh": fresh}
-    )
-    dense, learned, unlearned = found.results
+    fused = {"fused": mergence.recipe_of(model)}
+    found = mergence.evaluate(model, loader(images, batch_size=64), fused)
     last = summary.history[-1]
-    assert last["dense top1"] == pytest.approx(dense.top1)
-    assert last["mstm 0.67 top1"] == pytest.approx(learned.top1)
-    assert last["mstm 0.67 agreement"] == pytest.approx(learned.agreement)
-    assert learned.kl != unlearned.kl
+    assert last["dense top1"] == pytest.approx(found.results[0].top1)
+    assert last["mstm 0.67 top1"] == pytest.approx(found.results[1].top1)
+    assert last["mstm 0.67 agreement"] == pytest.approx(found.results[1].agreement)
+
+
+def test_a_model_of_transformers_is_trained(config: Build, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    size = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "num_labels": 4}
+    shape = {"image_size": 32, "patch_size": 8, "intermediate_size": 48}
+    made = transformers.ViTForImageClassification(transformers.ViTConfig(**size, **shape))
+    made.save_pretrained(tmp_path / "hf")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(
+        tmp_path / "hf"
+    )
+    fields = {"data": "synthetic:8", "val": "synthetic:4", "limit": None, "distill": 1.0}
+    settings = config(model=f"hf:{tmp_path / 'hf'}", consistency=1.0, **fields)
+    summary = fit(settings)
+    assert summary.history[-1]["loss"] < 3
+    trained = mergence.load(summary.model)
+    assert type(trained).__name__ == "ViTForImageClassification"
+    assert mergence.recipe_of(trained) == make("mergence", macs=0.67)
+    with pytest.raises(OptionError, match="only timm's models tell"):
+        fit(config(model=settings.model, layer_decay=0.7, out=str(tmp_path / "2"), **fields))
 
 
 def test_each_budget_has_its_recipe_beside_the_model(config: Build) -> None:
     summary = fit(config(macs=[0.8, 0.5], epochs=1))
     shares = [
         mergence.Recipe.load(summary.model / name).schedule.macs  # type: ignore[attr-defined]
-        for name in ("recipe.json", "mergence-0.5.json")
+        for name in ("mergence.json", "mergence-0.5.json")
     ]
     assert shares == [0.8, 0.5]

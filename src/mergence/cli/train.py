@@ -92,8 +92,8 @@ def _table(summary: Summary) -> None:
         table.add_row(str(row["epoch"]), loss, *(f"{row[f'{name} top1']:.2f}" for name in names))
     console.print(table)
     console.print(
-        f"{summary.seconds:.0f} s, {summary.images_per_s:.1f} images/s. The model: use it as "
-        f"local-dir:{summary.model}, its recipe is beside it.",
+        f"{summary.seconds:.0f} s, {summary.images_per_s:.1f} images/s. The trained model is in "
+        f"{summary.model}, with its recipe; mergence.load reads both.",
         style="dim",
         markup=False,
     )

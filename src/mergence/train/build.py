@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from mergence import family, surgery
-from mergence.api import remove
+from mergence.api import recipe_of, remove
 from mergence.data import ImageData, join, open_images
 from mergence.errors import DataError, MissingExtraError, OptionError, UnsupportedModelError
+from mergence.evaluation import classes_of
 from mergence.models import LoadedModel, load_model
 from mergence.recipe import Recipe, make
+from mergence.saving import RECIPE, save
 from mergence.train.config import Config
 from mergence.train.feed import Feed, Seat
 from mergence.train.shards import is_stream
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 Data = ImageData | StreamData
 
 WEIGHTS = "model.safetensors"
-LEARNED = "learned.safetensors"
 
 # The schedules that are a function of the step alone, so that a run can go on at any of them.
 SCHEDULES = ("cosine", "tanh", "poly", "step", "constant")
@@ -120,12 +121,9 @@ def open_data(config: Config, loaded: LoadedModel) -> tuple[Data, Data | None]:
     Raises:
         DataError: The images do not fit the model, or have no labels.
     """
-    known: dict[str, Any] = {
-        "class_names": loaded.label_names,
-        "num_classes": getattr(loaded.model, "num_classes", None),
-    }
-    if config.new_head:
-        known = {}
+    known: dict[str, Any] = {}
+    if not config.new_head:
+        known = {"class_names": loaded.label_names, "num_classes": classes_of(loaded.model)}
     transform = _training_transform(config, loaded)
     train = _open(config, config.data, config.limit, loaded.mode, transform, known)
     if train.labels is None or train.class_names is None:
@@ -225,11 +223,16 @@ def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     it gets a rate of its own, `learned_lr`, and no weight decay, which would hold it there.
 
     Raises:
-        OptionError: There is no such optimiser.
+        OptionError: There is no such optimiser, or the model does not tell its layers.
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 
     _known("optimizer", config.optimizer, list_optimizers())
+    if config.layer_decay is not None and not hasattr(model, "group_matcher"):
+        raise OptionError(
+            f"layer_decay needs to know the layers of a {type(model).__name__}, which only timm's "
+            "models tell. Leave it out."
+        )
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         model,
         config.optimizer,
@@ -283,29 +286,25 @@ def _known(option: str, name: str, names: Any) -> None:
 def save_model(
     folder: Path, model: nn.Module, names: Sequence[str], recipes: Mapping[str, Recipe]
 ) -> None:
-    """Write a trained model, dense: timm's in its hub layout, which `local-dir:FOLDER` loads.
+    """Write a trained model with its recipe, as `mergence.save` does; `mergence.load` reads it.
+
+    Libraries without a folder layout of their own (torchvision, open_clip) get the dense weights,
+    for `checkpoint`, and the recipe.
 
     Args:
         folder: Where to.
-        model: The model with its trained weights, reduced or not; it is made dense.
+        model: The model with its trained weights, reduced by the first recipe.
         names: What its classes are called.
-        recipes: The reductions that it was trained for, written beside the weights: the first as
-            recipe.json, others by name. What their method learned is in a file that they name.
+        recipes: The reductions that it was trained for; those after the first are written by name.
     """
-    from safetensors.torch import save_file
-
-    learned = next(filter(None, map(surgery.learned_module, model.modules())), None)
-    if learned is not None:
-        save_file(learned.state_dict(), folder / LEARNED)
-    remove(model)
+    timms: Any = model
     if hasattr(model, "pretrained_cfg"):
-        from timm.models import save_for_hf
-
-        config = {"label_names": list(names)}
-        save_for_hf(model, folder, model_config=config, safe_serialization=True)
+        new = {"label_names": list(names), "num_classes": timms.num_classes}
+        timms.pretrained_cfg = dict(timms.pretrained_cfg) | new
+    if hasattr(model, "pretrained_cfg") or hasattr(model, "save_pretrained"):
+        save(model, folder)
     else:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
-    for place, (name, recipe) in enumerate(recipes.items()):
-        if learned is not None:
-            recipe = replace(recipe, learned=folder / LEARNED)
-        recipe.save(folder / f"{name.replace(' ', '-') if place else 'recipe'}.json")
+        recipe_of(model).save(folder / RECIPE)
+        save_file(remove(model).state_dict(), folder / WEIGHTS)
+    for name, recipe in list(recipes.items())[1:]:
+        recipe.save(folder / f"{name.replace(' ', '-')}.json")

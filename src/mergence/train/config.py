@@ -27,7 +27,9 @@ class Config:
     """
 
     # What is trained, on what, and where it is written to.
-    model: str = _option("timm:NAME, timm-random:NAME, local-dir:PATH (timm's hub layout) or demo.")
+    model: str = _option(
+        "timm:NAME, local-dir:PATH (timm's hub layout), hf:NAME, demo or another; see eval --help."
+    )
     data: tuple[str, ...] = _option(
         "Training images: a folder with a folder for each class, a .zip of one, demo, synthetic:N, "
         "wds:SHARDS (WebDataset) or hf:NAME@SPLIT (Hugging Face). Folders and archives may be "

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from mergence.api import remove
 from mergence.distances import kl_divergence
 from mergence.errors import OptionError, UnsupportedModelError
+from mergence.outputs import answer
 from mergence.train.config import Config
 from mergence.train.levels import Choice, Reducer
 
@@ -79,7 +80,7 @@ class Objective:
         taught = self.taught and not (self.own and choice.strength == 0)
         dense, dense_token = self._dense(model, x) if taught else (None, None)
         self.reducer.select(choice)
-        logits = model(x).float()
+        logits = answer(model(x)).float()
         loss = _cross_entropy(logits, soft)
         if dense is None:
             return loss
@@ -98,7 +99,7 @@ class Objective:
         """The teacher's logits and class tokens; with a gradient only for the dense loss."""
         self.reducer.select(Choice(next(iter(self.reducer.programs)), 0.0))
         with torch.set_grad_enabled(bool(self.config.dense_loss)):
-            logits = (self.teacher or model)(x).float()
+            logits = answer((self.teacher or model)(x)).float()
         return logits, None if self.teacher_token is None else self.teacher_token.seen()
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mergence.data import Batch, Skipped
 from mergence.errors import DataError
+from mergence.outputs import answer
 from mergence.train.feed import Feed
 from mergence.train.stream import StreamFeed
 
@@ -77,7 +78,7 @@ def validate(
         dense = None
         for row, select in zip(sums, paths.values(), strict=True):
             select()
-            logits = model(x).float()
+            logits = answer(model(x)).float()
             guess = logits.argmax(dim=1)
             dense = guess if dense is None else dense
             if batch:
