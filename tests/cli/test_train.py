@@ -14,7 +14,7 @@ from mergence.cli import app, main
 from mergence.train import Config
 from mergence.train.config import read_yaml
 
-SHORT = ("--data", "demo", "--limit", "6", "--batch-size", "3", "--epochs", "1", "--device", "cpu")
+SHORT = ("--data", "demo", "--limit", "2", "--batch-size", "1", "--epochs", "1", "--device", "cpu")
 
 
 def run(*arguments: str | Path) -> Result:
@@ -32,7 +32,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     file.write_text("model: demo\ndata: demo\nlr: 1e-3\nepochs: 7\nmacs: 0.8\nset: {alpha: 0.1}\n")
     flags = ("--macs", "0.67", "--macs", "0.5", "--set", "alpha=0.2", "--val", "demo")
     result = run(
-        *("--config", file, *SHORT, "--out", out, *flags, "--val-limit", "4", "--json", json_)
+        *("--config", file, *SHORT, "--out", out, *flags, "--val-limit", "1", "--json", json_)
     )
     assert result.exit_code == 0, result.output
     written = read_yaml(out / "config.yaml")

@@ -41,6 +41,7 @@ def test_the_imagenet_recipe_runs_on_synthetic_images(tmp_path: Path) -> None:
     assert (summary.model / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_the_fashion_mnist_recipe_learns(tmp_path: Path) -> None:
     """The embedded test images stand for the training images, in the files' own format."""
     folder = ROOT / "examples" / "fashion-mnist"
@@ -72,6 +73,7 @@ def test_the_fashion_mnist_recipe_learns(tmp_path: Path) -> None:
         assert fit(Config.from_dict(values)).history[-1]["loss"] < 4
 
 
+@pytest.mark.slow
 def test_the_tiny_imagenet_recipe_finds_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
     if not (ROOT.parent / "shared" / "data" / "tiny_imagenet_val.zip").exists():
         pytest.skip("there is no shared folder beside the checkout")

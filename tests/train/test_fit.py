@@ -61,6 +61,7 @@ def test_the_trained_model_is_loaded_by_name_with_its_recipe(config: Build) -> N
     assert last["mergence 0.67 agreement"] == pytest.approx(found.results[1].agreement)
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_validated_and_written(config: Build) -> None:
     plain, averaged = (
         fit(config(val="demo", val_limit=20, ema=ema, out=config().out + str(ema)))
@@ -83,12 +84,14 @@ def test_tokens_are_really_removed_in_training(config: Build) -> None:
     assert flops[0.6] / flops[1.0] == pytest.approx(0.6, abs=0.03)
 
 
+@pytest.mark.slow
 def test_pieces_add_up_to_the_same_step(config: Build) -> None:
     whole, pieces = (fit(config(accumulate=n, out=config().out + str(n))).history for n in (1, 3))
     for a, b in zip(whole, pieces, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_several_budgets_train_one_model(config: Build, tmp_path: Path) -> None:
     summary = fit(config(macs=[0.8, 0.5], val="demo", val_limit=20, log_every=1))
     assert {"dense top1", "mergence 0.8 top1", "mergence 0.5 top1"} <= summary.history[-1].keys()
@@ -180,9 +183,9 @@ def test_images_without_classes_are_refused(config: Build, folders: Path, tmp_pa
         fit(config(val=str(flat)))
 
 
-@pytest.mark.parametrize("name", ["tensorboard"])
-def test_tensorboard_gets_the_curves(config: Build, tmp_path: Path, name: str) -> None:
-    pytest.importorskip(name, reason="tensorboard is not installed")
+@pytest.mark.slow
+def test_tensorboard_gets_the_curves(config: Build, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     fit(config(val="demo", val_limit=10, tensorboard=True, log_every=1))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -192,6 +195,7 @@ def test_tensorboard_gets_the_curves(config: Build, tmp_path: Path, name: str) -
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_the_resolved_configuration_repeats_the_run(config: Build, tmp_path: Path) -> None:
     first = fit(config(mixup=0.5, drop_path=0.2))
     values = read_yaml(tmp_path / "run" / "config.yaml")
@@ -201,6 +205,7 @@ def test_the_resolved_configuration_repeats_the_run(config: Build, tmp_path: Pat
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_multi_scale_fusion_is_learned_at_its_own_rate(config: Build, tmp_path: Path) -> None:
     moved = {}
     for rate in (None, 0.1):
@@ -228,6 +233,7 @@ def test_multi_scale_fusion_is_learned_at_its_own_rate(config: Build, tmp_path: 
     assert last["mstm 0.67 agreement"] == pytest.approx(found.results[1].agreement)
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_is_trained(config: Build, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     size = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "num_labels": 4}
@@ -248,6 +254,7 @@ def test_a_model_of_transformers_is_trained(config: Build, tmp_path: Path) -> No
         fit(config(model=settings.model, layer_decay=0.7, out=str(tmp_path / "2"), **fields))
 
 
+@pytest.mark.slow
 def test_each_budget_has_its_recipe_beside_the_model(config: Build) -> None:
     summary = fit(config(macs=[0.8, 0.5], epochs=1))
     shares = [

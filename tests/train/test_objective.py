@@ -114,14 +114,12 @@ def test_a_classifier_without_a_token_is_refused(config: Build) -> None:
         Objective(settings, model, Reducer(model, recipes_of(settings)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
         {"distill": 0.5, "consistency": 3.0, "reduction_warmup": 1.0},
-        pytest.param(
-            {"teacher": "self", "distill": 1.0, "dense_loss": 1.0, "reduce_epochs": "2"},
-            marks=pytest.mark.slow,
-        ),
+        {"teacher": "self", "distill": 1.0, "dense_loss": 1.0, "reduce_epochs": "2"},
     ],
     ids=["initial", "self"],
 )

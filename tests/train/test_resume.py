@@ -91,7 +91,7 @@ def test_a_finished_run_stays_as_it_is(config: Build, tmp_path: Path) -> None:
     assert results(tmp_path / "run") == files
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)])
 def test_a_request_to_stop_is_heard_between_steps(
     config: Build, tmp_path: Path, uninterrupted: list[bytes], number: int
 ) -> None:
@@ -229,6 +229,7 @@ def test_checkpoints_are_read_without_running_code(config: Build, tmp_path: Path
         fit(config(epochs=1), resume=True)
 
 
+@pytest.mark.slow
 def test_another_run_cannot_be_resumed(config: Build) -> None:
     fit(config(epochs=1))
     with pytest.raises(CheckpointError, match="trains on 50 images and 'demo' now has 40"):

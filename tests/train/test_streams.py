@@ -180,6 +180,7 @@ def test_what_cannot_be_used_is_named(tars: Path) -> None:
     assert 23 + 1 < len(tensors(batches)) < 37
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_a_stream_and_goes_on_bit_for_bit(
     config: Build, tars: Path, parquet: Path
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_run_learns_from_a_stream_and_goes_on_bit_for_bit(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_a_new_head_takes_its_classes_from_the_stream(
     config: Build, tars: Path, parquet: Path
 ) -> None:
