@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mergence.data import ASSETS, Batch, ImageData, loader, open_images
+from mergence.data import Batch, ImageData, join, loader, open_images
 from mergence.errors import DataError, OptionError
+from mergence.sources import ASSETS
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -230,3 +231,32 @@ def test_the_embedded_files_stay_small() -> None:
     images = sum(file.stat().st_size for file in ASSETS.glob("fashion_mnist_test_*"))
     assert 0 < images <= 1_000_000
     assert 0 < (ASSETS / "vit_fashion_mnist" / "model.safetensors").stat().st_size <= 5_000_000
+
+
+def test_parts_of_a_collection_are_joined(folder: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "more", *(f"{c}/{i}.png" for c in ("bee", "ant", "cat") for i in "56"))
+    pack = zipped(other)
+    parts = {str(folder): opened(folder), str(pack): opened(pack)}
+    data = join(parts)
+    assert (len(data), data.class_names) == (18, ("ant", "bee", "cat"))
+    assert data.labels == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 2 + [1] * 2 + [2] * 2
+    assert data.names[12] == f"{pack}/ant/5.png"
+    images = [batch.images for part in parts.values() for batch in everything(part)]
+    assert torch.equal(
+        torch.cat([batch.images for batch in everything(data, workers=1)]), torch.cat(images)
+    )
+    assert data.source.names()[:1] == [f"{folder}/{parts[str(folder)].source.names()[0]}"]
+    write(other, "dog/0.png")
+    with pytest.raises(DataError, match="do not have the same classes"):
+        join(parts | {str(other): opened(other)})
+
+
+def test_synthetic_images_stand_for_any_data() -> None:
+    data = opened("synthetic:7", class_names=["a", "b", "c"])
+    assert (data.labels, data.class_names) == ([0, 1, 2, 0, 1, 2, 0], ("a", "b", "c"))
+    (batch,) = everything(data, batch_size=10)
+    assert batch.images.shape == (7, 3, 64, 64)
+    assert len({image.numpy().tobytes() for image in batch.images}) == 7
+    assert torch.equal(everything(opened("synthetic:7"), batch_size=10)[0].images, batch.images)
+    with pytest.raises(DataError, match="synthetic:N"):
+        opened("synthetic:many")

@@ -6,35 +6,36 @@ collection as a whole stops it before any work.
 
 from __future__ import annotations
 
-import gzip
-import io
-import os
 import random
 import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mergence.errors import DataError, MissingExtraError, OptionError
+from mergence.sources import (
+    FASHION_MNIST_CLASSES,
+    Demo,
+    Folder,
+    Joined,
+    Source,
+    Synthetic,
+    open_source,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ASSETS = Path(__file__).parent / "assets"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-FASHION_MNIST_CLASSES = (
-    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-)
 
 
 @dataclass(frozen=True)
@@ -71,84 +72,6 @@ class Batch:
         return len(self.names)
 
 
-class _Source(Protocol):
-    """Where encoded images come from. Travels to worker processes by fork or pickle."""
-
-    def names(self) -> list[str]: ...
-
-    def open(self, name: str) -> Image: ...
-
-
-@dataclass(frozen=True)
-class _Folder:
-    root: Path
-
-    def names(self) -> list[str]:
-        # Class folders are often links to one shared copy, which pathlib's own walks do not follow.
-        walk = os.walk(self.root, followlinks=True)
-        files = (Path(folder, file) for folder, _, files in walk for file in files)
-        return [file.relative_to(self.root).as_posix() for file in files]
-
-    def open(self, name: str) -> Image:
-        return _decode((self.root / name).read_bytes())
-
-
-@dataclass
-class _Zip:
-    path: Path
-    # An open archive shares its file offset with forked workers and cannot be pickled, so each
-    # process opens its own at first use.
-    _opened: tuple[int, zipfile.ZipFile] | None = field(default=None, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_opened": None}
-
-    def _archive(self) -> zipfile.ZipFile:
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), zipfile.ZipFile(self.path))
-        return self._opened[1]
-
-    def names(self) -> list[str]:
-        try:
-            return self._archive().namelist()
-        except (zipfile.BadZipFile, OSError) as error:
-            raise DataError(
-                f"'{self.path}' cannot be read as a zip archive: {error}. "
-                "Pass an image folder or an undamaged .zip file."
-            ) from error
-
-    def open(self, name: str) -> Image:
-        try:
-            return _decode(self._archive().read(name))
-        except RuntimeError as error:  # how zipfile reports encryption and unknown compression
-            raise zipfile.BadZipFile(str(error)) from error
-
-
-class _Demo:
-    """2,000 Fashion-MNIST test images in idx format: a header, then 28 x 28 bytes an image."""
-
-    def __init__(self) -> None:
-        images = (ASSETS / "fashion_mnist_test_images.idx3-ubyte.gz").read_bytes()
-        labels = (ASSETS / "fashion_mnist_test_labels.idx1-ubyte.gz").read_bytes()
-        self.pixels = gzip.decompress(images)[16:]
-        self.labels = list(gzip.decompress(labels)[8:])
-
-    def names(self) -> list[str]:
-        return [f"demo/{index:04d}" for index in range(len(self.labels))]
-
-    def open(self, name: str) -> Image:
-        from PIL import Image
-
-        start = 784 * int(name.removeprefix("demo/"))
-        return Image.frombytes("L", (28, 28), self.pixels[start : start + 784])
-
-
-def _decode(encoded: bytes) -> Image:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(encoded))
-
-
 @dataclass(frozen=True)
 class ImageData(Dataset[Sample | Skipped]):
     """Images with their class indices; made by `open_images`, batched by `loader`.
@@ -166,24 +89,31 @@ class ImageData(Dataset[Sample | Skipped]):
     class_names: tuple[str, ...] | None
     transform: Callable[[Image], Tensor]
     mode: str
-    source: _Source
+    source: Source
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample | Skipped:
-        from PIL import Image
-
         name = self.names[index]
-        try:
-            # convert() decodes all of the file, so that a truncated one is noticed here.
-            image = self.source.open(name).convert(self.mode)
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            return Skipped(name, f"{type(error).__name__}: {error}")
-        except Image.DecompressionBombError as error:
-            return Skipped(name, str(error))
+        image = open_image(name, lambda: self.source.open(name), self.mode)
+        if isinstance(image, Skipped):
+            return image
         label = None if self.labels is None else self.labels[index]
         return Sample(self.transform(image), label, name)
+
+
+def open_image(name: str, opener: Callable[[], Image], mode: str) -> Image | Skipped:
+    """Decode an image, or say why that cannot be done."""
+    from PIL.Image import DecompressionBombError
+
+    try:
+        # convert() decodes all of the file, so that a truncated one is noticed here.
+        return opener().convert(mode)
+    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        return Skipped(name, f"{type(error).__name__}: {error}")
+    except DecompressionBombError as error:
+        return Skipped(name, str(error))
 
 
 def open_images(
@@ -203,7 +133,8 @@ def open_images(
 
     Args:
         path: An image folder (`root/class/image.jpg`), a `.zip` of the same layout, either without
-            class folders (unlabelled), or the word "demo" for the embedded Fashion-MNIST images.
+            class folders (unlabelled), the word "demo" for the embedded Fashion-MNIST images, or
+            "synthetic:N" for N random images of the model's classes.
         transform: Turns a PIL image into the tensor the model takes.
         mode: PIL mode to convert to: "L" for a model with one input channel.
         class_names: The model's label names, in the order of its outputs.
@@ -220,17 +151,20 @@ def open_images(
         raise MissingExtraError("pillow", "timm", "Reading images")
     if limit is not None and limit < 1:
         raise OptionError(f"limit is {limit}. Ask for 1 image or more, or for none to take all.")
-    source = _open_source(path)
+    source = open_source(path)
     names = sorted(source.names())
     folders: Sequence[str]
     labels: list[int] | None
-    if isinstance(source, _Demo):
+    if isinstance(source, Demo):
         folders, labels = FASHION_MNIST_CLASSES, source.labels
+    elif isinstance(source, Synthetic):
+        folders = class_names or tuple(map(str, range(num_classes or 10)))
+        labels = [index % len(folders) for index in range(len(names))]
     else:
         names = [name for name in names if _is_image(name)]
         folders, labels = _classes(names, path, class_names or ())
     if labels is not None:
-        class_names, order = _match(folders, class_names, num_classes, path)
+        class_names, order = match_classes(folders, class_names, num_classes, path)
         labels = [order[label] for label in labels]
     if limit is not None:
         kept = _balanced(labels or [0] * len(names), limit, seed)
@@ -238,6 +172,31 @@ def open_images(
         labels = labels and [labels[i] for i in kept]
     return ImageData(
         names, labels, None if class_names is None else tuple(class_names), transform, mode, source
+    )
+
+
+def join(parts: Mapping[str, ImageData]) -> ImageData:
+    """One collection of several, by the name that each is called by in the names of its images.
+
+    Raises:
+        DataError: They do not have the same classes.
+    """
+    (first, one), *others = parts.items()
+    for name, other in others:
+        if other.class_names != one.class_names or (other.labels is None) != (one.labels is None):
+            raise DataError(
+                f"'{first}' and '{name}' do not have the same classes: "
+                f"{_few(one.class_names or ())} and {_few(other.class_names or ())}. Give parts "
+                "of one collection."
+            )
+    if not others:
+        return one
+    labels = None if one.labels is None else [x for p in parts.values() for x in p.labels or ()]
+    return replace(
+        one,
+        names=[f"{name}/{file}" for name, part in parts.items() for file in part.names],
+        labels=labels,
+        source=Joined({name: part.source for name, part in parts.items()}),
     )
 
 
@@ -253,7 +212,7 @@ def image_files(
         if not Path(path).is_file():
             raise DataError(f"There is no image file '{path}' (looked in {Path.cwd()}).")
     names = [str(path) for path in paths]
-    return ImageData(names, None, None, transform, mode, _Folder(Path()))
+    return ImageData(names, None, None, transform, mode, Folder(Path()))
 
 
 def loader(data: ImageData, *, batch_size: int, workers: int = 0) -> Iterable[Batch]:
@@ -270,20 +229,6 @@ def collate(items: Sequence[Sample | Skipped]) -> Batch:
         labels=torch.tensor(labels) if labels else None,
         names=[item.name for item in good],
         skipped=[item for item in items if isinstance(item, Skipped)],
-    )
-
-
-def _open_source(path: str | Path) -> _Source:
-    if path == "demo":
-        return _Demo()
-    root = Path(path).expanduser()
-    if root.is_dir():
-        return _Folder(root)
-    if root.is_file():
-        return _Zip(root)
-    raise DataError(
-        f"There is no image folder or .zip archive at '{path}' (looked in {Path.cwd()}). "
-        "Give the path of one, or 'demo' for the embedded images."
     )
 
 
@@ -319,13 +264,23 @@ def _classes(
     return folders, [index[p[0]] for p in parts]
 
 
-def _match(
+def match_classes(
     folders: Sequence[str],
     class_names: Sequence[str] | None,
     num_classes: int | None,
     path: str | Path,
 ) -> tuple[Sequence[str], list[int] | range]:
-    """The names of the class indices, and the class index of each folder."""
+    """The names of the class indices, and the class index of each folder.
+
+    Args:
+        folders: Class folders, or whatever a collection calls its classes.
+        class_names: The model's classes in output order, where they have names.
+        num_classes: Their number, where they have none.
+        path: What the collection is called in an error.
+
+    Raises:
+        DataError: The classes do not fit.
+    """
     if class_names is not None:
         # Two ImageNet classes are both called "crane": such a name says nothing.
         counts = Counter(class_names)

@@ -47,6 +47,10 @@ class ExportError(MergenceError):
     """A model cannot be exported, or the exported one does not do what the model does."""
 
 
+class TrainingError(MergenceError):
+    """A training run cannot go on; what it has reached is kept."""
+
+
 class MissingExtraError(MergenceError):
     """An optional dependency is needed and not installed."""
 

@@ -92,6 +92,11 @@ def swap(
         module.add_module(LEARNED, learned)
 
 
+def reattach(module: nn.Module, attachment: object) -> None:
+    """Exchange what `swap` attached to a module."""
+    module.__dict__[ATTACHMENT] = attachment
+
+
 def restore(model: nn.Module) -> None:
     """Undo `swap` in a model and everything in it; what was never swapped is left alone."""
     for module in list(model.modules()):

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("families", "tracing"),
     ("recipe",),
     ("api",),
-    ("data", "devices", "distances", "models", "regions"),
+    ("data", "sources", "devices", "distances", "models", "regions"),
     ("saving",),
     ("benchmark", "evaluation", "calibration", "frontier", "visualize", "train", "demo"),
     ("exporting",),
@@ -52,7 +52,12 @@ ONLY_OUTSIDE: dict[str, set[str]] = {"ops": {"torch", "triton"}, "methods": {"to
 
 
 def part_of(file: Path) -> str:
-    """The part a file belongs to: `ops` for ops/dense.py, `plan` for plan.py."""
+    """The part a file belongs to: `ops` for ops/dense.py, `plan` for plan.py.
+
+    What `python -m` runs is a command line, in whatever package it lies.
+    """
+    if file.name == "__main__.py":
+        return "__main__"
     return file.relative_to(SRC).parts[0].removesuffix(".py")
 
 

@@ -10,7 +10,7 @@ import warnings
 
 import typer
 
-from mergence.cli import bench, calibrate, demo, evaluate, export, listing, visualize
+from mergence.cli import bench, calibrate, demo, evaluate, export, listing, train, visualize
 from mergence.cli.output import error, warning
 from mergence.errors import MergenceError
 
@@ -27,6 +27,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("calibrate")(calibrate.calibrate)
 app.command("export")(export.export)
+app.command("train")(train.train)
 app.command("visualize")(visualize.visualize)
 
 

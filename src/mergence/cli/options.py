@@ -105,7 +105,7 @@ def method_of(name: str, settings: Sequence[str] | None) -> Method:
     """
     from mergence.method import build
 
-    return build(name, dict(map(_setting, settings or ())))
+    return build(name, settings_of(settings))
 
 
 def recipes_of(
@@ -122,7 +122,7 @@ def recipes_of(
     """
     from mergence.recipe import make
 
-    options = dict(map(_setting, settings or ()))
+    options = settings_of(settings)
     recipes: dict[str, Recipe] = {}
     if not files or methods:
         for method in methods or ["mergence"]:
@@ -139,6 +139,15 @@ def recipes_of(
             )
         recipes[file.stem] = make(file)
     return recipes
+
+
+def settings_of(settings: Sequence[str] | None) -> dict[str, Any]:
+    """Turn each `--set KEY=VALUE` into an option; a value is read as JSON where it is some.
+
+    Raises:
+        OptionError: One is of another form.
+    """
+    return dict(map(_setting, settings or ()))
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from mergence.evaluation import Evaluation
 
 console = Console()
-_errors = Console(stderr=True)
+errors = Console(stderr=True)
 
 
 def error(text: str) -> None:
     """Print an error to the standard error stream."""
-    _errors.print("[bold red]Error:[/] ", end="")
-    _errors.print(text, markup=False, highlight=False)
+    errors.print("[bold red]Error:[/] ", end="")
+    errors.print(text, markup=False, highlight=False)
 
 
 def warning(
@@ -40,15 +40,15 @@ def warning(
     line: str | None = None,
 ) -> None:
     """Print a warning; stands in for `warnings.showwarning`."""
-    _errors.print("[bold yellow]Note:[/] ", end="")
-    _errors.print(str(message), markup=False, highlight=False)
+    errors.print("[bold yellow]Note:[/] ", end="")
+    errors.print(str(message), markup=False, highlight=False)
 
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[float], None]]:
     """Show progress on the standard error stream; yields a function that advances it."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_errors, transient=True) as bar:
+    with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda step: bar.advance(task, step)
 
@@ -102,12 +102,17 @@ def evaluation_table(evaluation: Evaluation) -> None:
 
 def skipped(images: Sequence[Skipped]) -> None:
     """Print which images could not be read, if any."""
+    skipped_names({item.name: item.reason for item in images})
+
+
+def skipped_names(images: Mapping[str, str]) -> None:
+    """Print which images could not be read, if any, with the reason of each."""
     if images:
         console.print(f"Skipped {len(images)} unreadable images:", style="yellow")
-    for item in images[:10]:
-        console.print(f"  {item.name}: {item.reason}", markup=False, highlight=False)
+    for name, reason in list(images.items())[:10]:
+        console.print(f"  {name}: {reason}", markup=False, highlight=False)
     if len(images) > 10:
-        console.print(f"  and {len(images) - 10} more; eval --json lists all")
+        console.print(f"  and {len(images) - 10} more; --json lists all")
 
 
 def _number(value: float | None, form: str = ".2f") -> str:

@@ -1,0 +1,158 @@
+"""Where encoded images come from: a folder, a zip archive, the embedded demo, or thin air."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import random
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mergence.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ASSETS = Path(__file__).parent / "assets"
+FASHION_MNIST_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+
+
+class Source(Protocol):
+    """Where encoded images come from. Travels to worker processes by fork or pickle."""
+
+    def names(self) -> list[str]: ...
+
+    def open(self, name: str) -> Image: ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder and everything below it."""
+
+    root: Path
+
+    def names(self) -> list[str]:
+        # Class folders are often links to one shared copy, which pathlib's own walks do not follow.
+        walk = os.walk(self.root, followlinks=True)
+        files = (Path(folder, file) for folder, _, files in walk for file in files)
+        return [file.relative_to(self.root).as_posix() for file in files]
+
+    def open(self, name: str) -> Image:
+        return decode((self.root / name).read_bytes())
+
+
+@dataclass
+class Zip:
+    """A zip archive."""
+
+    path: Path
+    # An open archive shares its file offset with forked workers and cannot be pickled, so each
+    # process opens its own at first use.
+    _opened: tuple[int, zipfile.ZipFile] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_opened": None}
+
+    def _archive(self) -> zipfile.ZipFile:
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), zipfile.ZipFile(self.path))
+        return self._opened[1]
+
+    def names(self) -> list[str]:
+        try:
+            return self._archive().namelist()
+        except (zipfile.BadZipFile, OSError) as error:
+            raise DataError(
+                f"'{self.path}' cannot be read as a zip archive: {error}. "
+                "Pass an image folder or an undamaged .zip file."
+            ) from error
+
+    def open(self, name: str) -> Image:
+        try:
+            return decode(self._archive().read(name))
+        except RuntimeError as error:  # how zipfile reports encryption and unknown compression
+            raise zipfile.BadZipFile(str(error)) from error
+
+
+class Demo:
+    """2,000 Fashion-MNIST test images in idx format: a header, then 28 x 28 bytes an image."""
+
+    def __init__(self) -> None:
+        images = (ASSETS / "fashion_mnist_test_images.idx3-ubyte.gz").read_bytes()
+        labels = (ASSETS / "fashion_mnist_test_labels.idx1-ubyte.gz").read_bytes()
+        self.pixels = gzip.decompress(images)[16:]
+        self.labels = list(gzip.decompress(labels)[8:])
+
+    def names(self) -> list[str]:
+        return [f"demo/{index:04d}" for index in range(len(self.labels))]
+
+    def open(self, name: str) -> Image:
+        from PIL import Image
+
+        start = 784 * int(name.removeprefix("demo/"))
+        return Image.frombytes("L", (28, 28), self.pixels[start : start + 784])
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several sources, whose images are called by the source's name and their own."""
+
+    parts: Mapping[str, Source]
+
+    def names(self) -> list[str]:
+        return [f"{part}/{name}" for part, source in self.parts.items() for name in source.names()]
+
+    def open(self, name: str) -> Image:
+        part = max((p for p in self.parts if name.startswith(f"{p}/")), key=len)
+        return self.parts[part].open(name.removeprefix(f"{part}/"))
+
+
+class Synthetic:
+    """Random images, to try a configuration without its data: `synthetic:N`."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def names(self) -> list[str]:
+        return [f"synthetic/{index:06d}" for index in range(self.size)]
+
+    def open(self, name: str) -> Image:
+        from PIL import Image
+
+        return Image.frombytes("RGB", (64, 64), random.Random(name).randbytes(3 * 64 * 64))
+
+
+def decode(encoded: bytes) -> Image:
+    """An image that knows its format and size and is read on demand."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(encoded))
+
+
+def open_source(path: str | Path) -> Source:
+    """Open what a path names.
+
+    Raises:
+        DataError: There is nothing of that name.
+    """
+    if path == "demo":
+        return Demo()
+    kind, _, size = str(path).partition(":")
+    if kind == "synthetic" and size.isdigit() and int(size) > 0:
+        return Synthetic(int(size))
+    root = Path(path).expanduser()
+    if root.is_dir():
+        return Folder(root)
+    if root.is_file():
+        return Zip(root)
+    raise DataError(
+        f"There is no image folder or .zip archive at '{path}' (looked in {Path.cwd()}). "
+        "Give the path of one, 'demo' for the embedded images, or 'synthetic:N' for random ones."
+    )

@@ -1,0 +1,283 @@
+"""A training run: its parts, its position, and how it is saved and taken up again."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mergence.errors import CheckpointError, MergenceError, OptionError
+from mergence.train import build, checkpoint
+from mergence.train.checkpoint import State
+from mergence.train.config import Config
+from mergence.train.feed import Seat
+from mergence.train.levels import Choice, Reducer, Timetable
+from mergence.train.logs import Row
+from mergence.train.objective import Objective
+from mergence.train.seeding import seed_all
+from mergence.train.targets import Targets
+from mergence.train.validation import DENSE, Score, validate
+
+
+@dataclass
+class Position:
+    """How far a run has come, and what it has added up in the epoch under way.
+
+    Attributes:
+        epoch: Epochs done.
+        step: Steps done in this epoch.
+        update: Steps done altogether.
+        loss: Sum of the losses of this epoch's images.
+        images: Images of this epoch so far, unreadable ones left out.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    update: int = 0
+    loss: float = 0.0
+    images: int = 0
+
+
+class Run:
+    """Everything that a training run consists of, built and checked before the first step.
+
+    Args:
+        config: What to do.
+
+    Raises:
+        MergenceError: Something does not fit; nothing has been written then.
+    """
+
+    def __init__(self, config: Config) -> None:
+        build.check_packages(config)
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        self.config = config
+        self.recipes = build.recipes_of(config)
+        seed_all(config.seed, "start")
+        self.loaded = build.open_model(config)
+        train, val = build.open_data(config, self.loaded)
+        model = self.loaded.model
+        self.reducer = Reducer(model, self.recipes)
+        # A learned module takes no part in dense steps, and DDP must be told that this happens.
+        unused = any(program.learned for program in self.reducer.programs.values())
+        self.accelerator = Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision=config.precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        )
+        if config.ema and self.accelerator.distributed_type == "FSDP":
+            raise OptionError(
+                "Weights cannot be averaged (ema) while FSDP keeps each process a part of them. "
+                "Leave ema out, or train with DDP."
+            )
+        seat = Seat(self.accelerator.process_index, self.accelerator.num_processes)
+        self.feed = build.feed_of(train, config, seat, self.anyone, training=True)
+        self.val = None
+        if val is not None:
+            self.val = build.feed_of(val, config, seat, self.anyone, training=False)
+        self.timetable = Timetable(
+            recipes=tuple(self.recipes),
+            steps=self.feed.steps,
+            warmup=config.reduction_warmup,
+            epochs=config.reduce_epochs,
+            seed=config.seed,
+        )
+        known = None if config.new_head else self.loaded.label_names
+        self.class_names = known or train.class_names or ()
+        self.targets = Targets.of(config, len(self.class_names))
+        self._template = copy.deepcopy(model)
+        model.to(self.accelerator.device).train()
+        self.ema = self._averaged(model) if config.ema else None
+        self.objective = Objective(config, model, self.reducer)
+        optimizer = build.optimizer_of(model, config)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.schedule = build.schedule_of(self.optimizer, config, self.feed.steps)
+        self.position = Position()
+        self.history: list[Row] = []
+        self.skipped: dict[str, str] = {}
+        self.out = Path(config.out).expanduser()
+
+    @property
+    def updates(self) -> int:
+        """Steps of the whole run."""
+        return self.config.epochs * self.feed.steps
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.out / "checkpoints"
+
+    def _averaged(self, model: nn.Module) -> Any:
+        from timm.utils import ModelEmaV3
+
+        # Without a warm-up, the weights that a short run starts from would hardly fade.
+        ema = ModelEmaV3(model, decay=self.config.ema, use_warmup=True)
+        self.ema_reducer = Reducer(ema.module, self.recipes)
+        return ema
+
+    def validate(self) -> dict[str, Score]:
+        """Scores of the dense path and of each recipe; of the averaged weights, if there are any.
+
+        Empty without validation images.
+        """
+        if self.val is None:
+            return {}
+        model = self.model if self.ema is None else self.ema.module
+        reducer = self.reducer if self.ema is None else self.ema_reducer
+        choices = {DENSE: Choice(next(iter(self.recipes)), 0.0)}
+        choices |= {name: Choice(name, 1.0) for name in self.recipes}
+        return validate(
+            model,
+            self.val,
+            {name: partial(reducer.select, choice) for name, choice in choices.items()},
+            shape=self.loaded.input_size,
+            accelerator=self.accelerator,
+            skipped=self.skipped,
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint; every process takes part.
+
+        Raises:
+            CheckpointError: It cannot be written; the last one is still there.
+        """
+        from accelerate.utils import gather_object
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        whole = _whole()
+        model: Any
+        model, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=whole)
+        for part in gather_object([self.skipped]):
+            self.skipped |= part
+        scaler = self.accelerator.scaler
+        trainer = {
+            "optimizer": optimizer,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "position": asdict(self.position),
+            "history": self.history,
+            "skipped": self.skipped,
+            "images": len(self.feed.data),
+            "config": self.config.to_dict(),
+        }
+        ema = {} if self.ema is None else self.ema.module.state_dict()
+        state = State(model, ema, trainer)
+        self.on_main(lambda: checkpoint.save(self.checkpoints, self.position.update, state))
+
+    def restore(self) -> bool:
+        """Go back to the last checkpoint; False where there is none. Every process takes part.
+
+        Raises:
+            CheckpointError: It is damaged, or belongs to other images or another model.
+        """
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        self.on_main(lambda: checkpoint.clean(self.checkpoints))
+        place = checkpoint.latest(self.checkpoints)
+        if place is None:
+            return False
+        state = checkpoint.load(place)
+        saved = state.trainer
+        if saved["images"] != len(self.feed.data):
+            raise CheckpointError(
+                f"The run in '{self.out}' trains on {saved['images']} images and '"
+                f"{', '.join(self.config.data)}' now has {len(self.feed.data)}, so its order is "
+                "lost. Give the same images, or start a new run from its weights with --checkpoint."
+            )
+        try:
+            set_state_dict(
+                self.model,
+                self.optimizer.optimizer,
+                model_state_dict=dict(state.model),
+                optim_state_dict=saved["optimizer"],
+                options=_whole(),
+            )
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state.ema)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"The checkpoint '{place}' does not fit this run: {error}. Resume with the model, "
+                "method, optimiser and averaging that it was made with."
+            ) from error
+        self._note_changes(saved["config"])
+        if self.accelerator.scaler is not None and saved["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.position = Position(**saved["position"])
+        self.history = saved["history"]
+        self.skipped = saved["skipped"]
+        return True
+
+    def _note_changes(self, saved: Mapping[str, Any]) -> None:
+        """Say which options differ from those of the checkpoint; they hold from here on."""
+        now = self.config.to_dict()
+        changes = [
+            f"{key} {saved.get(key)!r} is now {now[key]!r}"
+            for key in now
+            if key not in _FREE and now[key] != saved.get(key)
+        ]
+        if changes:
+            warnings.warn(
+                f"The run goes on with other options: {'; '.join(changes)}. Its end will differ "
+                "from that of an uninterrupted run.",
+                stacklevel=3,
+            )
+
+    def trained(self) -> nn.Module:
+        """A copy of the model with the weights of now, averaged where they are averaged.
+
+        Every process takes part; only the main process gets the weights.
+        """
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        state = get_model_state_dict(self.model, options=_whole())
+        if self.accelerator.is_main_process:
+            averaged = None if self.ema is None else self.ema.module.state_dict()
+            self._template.load_state_dict(averaged or state)
+        return self._template
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over all processes."""
+        here = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
+        sums: list[float] = self.accelerator.reduce(here, "sum").tolist()
+        return sums
+
+    def anyone(self, here: bool) -> bool:
+        """Whether something is so in any process."""
+        return self.total(here)[0] > 0
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Do something in one process; if it fails there, it fails in all of them.
+
+        Raises:
+            MergenceError: What the action raised.
+        """
+        from accelerate.utils import gather_object
+
+        problem: MergenceError | None = None
+        if self.accelerator.is_main_process:
+            try:
+                action()
+            except MergenceError as error:
+                problem = error
+        problems = [text for text in gather_object([problem and str(problem)]) if text]
+        if problem is not None:
+            raise problem
+        if problems:
+            raise CheckpointError(problems[0])
+
+
+# What may differ from run to run without changing what is learned.
+_FREE = ("out", "workers", "save_every", "log_every", "tensorboard", "device", "accumulate")
+
+
+def _whole() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)

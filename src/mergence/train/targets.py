@@ -1,0 +1,61 @@
+"""Labels as the loss takes them: smoothed, and mixed together with the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergence.train.config import Config
+
+
+@dataclass(frozen=True)
+class Targets:
+    """timm's mixup, CutMix and label smoothing, for batches of any size.
+
+    Attributes:
+        classes: Number of classes.
+        smoothing: Label smoothing.
+        mixup: timm's `Mixup`, or None.
+    """
+
+    classes: int
+    smoothing: float = 0.0
+    mixup: Any = None
+
+    @classmethod
+    def of(cls, config: Config, classes: int) -> Targets:
+        """What a configuration asks for."""
+        if not (config.mixup or config.cutmix):
+            return cls(classes, config.smoothing)
+        from timm.data import Mixup
+
+        mixup = Mixup(
+            mixup_alpha=config.mixup,
+            cutmix_alpha=config.cutmix,
+            label_smoothing=config.smoothing,
+            num_classes=classes,
+        )
+        return cls(classes, config.smoothing, mixup)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix.
+
+        Args:
+            images: `[B, C, H, W]`.
+            labels: `[B]` class indices.
+
+        Returns:
+            Images, and `[B, K]` a distribution over the classes for each.
+        """
+        from timm.data.mixup import mixup_target
+
+        # timm mixes pairs: of an odd number, the last image stays as it is.
+        pairs = len(images) // 2 * 2 if self.mixup is not None else 0
+        plain = mixup_target(labels[pairs:], self.classes, 1.0, self.smoothing)
+        if not pairs:
+            return images, plain
+        mixed, soft = self.mixup(images[:pairs].clone(), labels[:pairs])
+        return torch.cat((mixed, images[pairs:])), torch.cat((soft, plain))

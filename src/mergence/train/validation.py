@@ -1,0 +1,104 @@
+"""Accuracy of the dense and of each reduced path, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mergence.data import Batch, Skipped
+from mergence.errors import DataError
+from mergence.outputs import answer
+from mergence.train.feed import Feed
+from mergence.train.stream import StreamFeed
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one path does on the validation images.
+
+    Attributes:
+        top1: Percent of images whose label is the first guess.
+        loss: Mean cross entropy, in nats.
+        agreement: Percent of images with the dense path's first guess.
+    """
+
+    top1: float
+    loss: float
+    agreement: float
+
+
+def tensors(batch: Batch, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The images and labels of a batch on a device.
+
+    A batch of no images becomes one black image, so that every process runs its model as often as
+    the others; its result must be left out.
+    """
+    if not batch or batch.labels is None:
+        return torch.zeros(1, *shape, device=device), torch.zeros(1, device=device).long()
+    return batch.images.to(device), batch.labels.to(device)
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    feed: Feed | StreamFeed,
+    paths: Mapping[str, Callable[[], object]],
+    *,
+    shape: tuple[int, ...],
+    accelerator: Any,
+    skipped: dict[str, str],
+) -> dict[str, Score]:
+    """Run every path over the same images, the dense one first.
+
+    Args:
+        model: The model, perhaps wrapped; its mode is the same afterwards.
+        feed: Our part of the validation images.
+        paths: What makes the model take each path, by name.
+        shape: Shape of an image.
+        accelerator: Adds up what the processes counted.
+        skipped: Images that cannot be read are added to it, with the reason.
+
+    Raises:
+        DataError: No image could be read.
+    """
+    training = model.training
+    model.eval()
+    sums = torch.zeros(len(paths), 3)
+    images = 0
+    for (batch,) in feed.epoch(0):
+        skipped |= {item.name: item.reason for item in batch.skipped}
+        x, labels = tensors(batch, shape, accelerator.device)
+        dense = None
+        for row, select in zip(sums, paths.values(), strict=True):
+            select()
+            logits = answer(model(x)).float()
+            guess = logits.argmax(dim=1)
+            dense = guess if dense is None else dense
+            if batch:
+                row[0] += (guess == labels).sum().cpu()
+                row[1] += F.cross_entropy(logits, labels, reduction="sum").cpu()
+                row[2] += (guess == dense).sum().cpu()
+        images += len(batch)
+    model.train(training)
+    counted = torch.cat((torch.tensor([float(images)]), sums.flatten())).to(accelerator.device)
+    total, *rest = accelerator.reduce(counted, "sum").tolist()
+    if total == 0:
+        raise DataError(f"None of the validation images could be read. First: {first(skipped)}")
+    rows = [rest[i : i + 3] for i in range(0, len(rest), 3)]
+    return {
+        name: Score(100 * hits / total, loss / total, 100 * agreed / total)
+        for name, (hits, loss, agreed) in zip(paths, rows, strict=True)
+    }
+
+
+def first(skipped: Mapping[str, str] | list[Skipped]) -> str:
+    """The first few of the skipped images, for a message."""
+    items = list(skipped.items()) if isinstance(skipped, Mapping) else skipped
+    return f"{items[:3]}"

@@ -1,0 +1,264 @@
+"""A whole run on a tiny model and real images."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import mergence
+from mergence.data import loader, open_images
+from mergence.errors import DataError, OptionError
+from mergence.models import load_model
+from mergence.recipe import make
+from mergence.train import Config, Status, fit
+from mergence.train.config import read_yaml
+from mergence.train.run import Run
+
+Build = Callable[..., Config]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_learns_and_writes_what_it_did(config: Build, tmp_path: Path) -> None:
+    seen: list[Status] = []
+    settings = config(val="demo", limit=200, val_limit=40, epochs=2, log_every=7)
+    summary = fit(settings, report=seen.append)
+    losses = [row["loss"] for row in summary.history]
+    assert losses[0] is None
+    assert losses[2] < losses[1] < 2.4
+    assert summary.history[2]["mergence 0.67 top1"] > summary.history[0]["mergence 0.67 top1"] + 10
+    assert [status.update for status in seen] == list(range(1, 27))
+    assert (seen[-1].updates, seen[-1].epoch, seen[-1].seconds_left) == (26, 2, 0)
+    out = tmp_path / "run"
+    assert Config.from_dict(read_yaml(out / "config.yaml")) == settings
+    steps = rows(out / "steps.csv")
+    assert [int(row["update"]) for row in steps] == [7, 14, 21, 26]
+    assert float(steps[-1]["loss"]) == seen[-1].loss
+    assert float(steps[0]["lr"]) > float(steps[-1]["lr"]) > 0
+    assert [row["epoch"] for row in rows(out / "epochs.csv")] == ["0", "1", "2"]
+
+
+def test_the_trained_model_is_loaded_by_name_with_its_recipe(config: Build) -> None:
+    summary = fit(config(val="demo", val_limit=40, scratch=True))
+    loaded = load_model(f"local-dir:{summary.model}")
+    images = open_images(
+        "demo", transform=loaded.transform, mode="L", class_names=loaded.label_names, limit=40
+    )
+    recipe = mergence.Recipe.load(summary.model / "mergence.json")
+    found = mergence.evaluate(loaded.model, loader(images, batch_size=16), {"r": recipe})
+    last = summary.history[-1]
+    assert last["dense top1"] == pytest.approx(found.results[0].top1)
+    assert last["mergence 0.67 top1"] == pytest.approx(found.results[1].top1)
+    assert last["mergence 0.67 agreement"] == pytest.approx(found.results[1].agreement)
+
+
+@pytest.mark.slow
+def test_averaged_weights_are_validated_and_written(config: Build) -> None:
+    plain, averaged = (
+        fit(config(val="demo", val_limit=20, ema=ema, out=config().out + str(ema)))
+        for ema in (0.0, 0.999)
+    )
+    assert plain.history[-1]["loss"] == averaged.history[-1]["loss"]
+    assert plain.history[-1]["dense loss"] != averaged.history[-1]["dense loss"]
+    weights = [load_model(f"local-dir:{s.model}").model.state_dict() for s in (plain, averaged)]
+    assert not torch.equal(weights[0]["head.weight"], weights[1]["head.weight"])
+
+
+def test_tokens_are_really_removed_in_training(config: Build) -> None:
+    flops = {}
+    for share in (1.0, 0.6):
+        run = Run(config(macs=share))
+        run.reducer.select(run.timetable.at(0))
+        with FlopCounterMode(display=False) as counter:
+            run.model.train()(torch.zeros(2, 1, 28, 28)).sum().backward()
+        flops[share] = counter.get_total_flops()
+    assert flops[0.6] / flops[1.0] == pytest.approx(0.6, abs=0.03)
+
+
+@pytest.mark.slow
+def test_pieces_add_up_to_the_same_step(config: Build) -> None:
+    whole, pieces = (fit(config(accumulate=n, out=config().out + str(n))).history for n in (1, 3))
+    for a, b in zip(whole, pieces, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_several_budgets_train_one_model(config: Build, tmp_path: Path) -> None:
+    summary = fit(config(macs=[0.8, 0.5], val="demo", val_limit=20, log_every=1))
+    assert {"dense top1", "mergence 0.8 top1", "mergence 0.5 top1"} <= summary.history[-1].keys()
+    drawn = {row["recipe"] for row in rows(tmp_path / "run" / "steps.csv")}
+    assert drawn == {"mergence 0.8", "mergence 0.5"}
+
+
+def test_a_new_head_learns_the_classes_of_the_data(config: Build, folders: Path) -> None:
+    summary = fit(config(data=str(folders), val=str(folders), new_head=True))
+    loaded = load_model(f"local-dir:{summary.model}")
+    assert loaded.label_names == ("Bag", "Coat", "Dress")
+    assert loaded.model(torch.zeros(1, 1, 28, 28)).shape == (1, 3)
+
+
+def test_unreadable_images_are_counted_and_named(config: Build, folders: Path) -> None:
+    bad = sorted(folders.rglob("*.png"))[::4]
+    for file in bad:
+        file.write_bytes(file.read_bytes()[:50])
+    settings = config(data=str(folders), new_head=True, batch_size=2, epochs=1, workers=1)
+    summary = fit(settings)
+    assert sorted(summary.skipped) == [file.relative_to(folders).as_posix() for file in bad]
+    assert "image" in next(iter(summary.skipped.values()))
+    for file in folders.rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="No training image could be read"):
+        fit(config(data=str(folders), new_head=True, out=config().out + "2"))
+
+
+def test_augmentation_and_regularisation_run_together(config: Build) -> None:
+    everything = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "drop_path": 0.2, "erase": 0.5}
+    everything |= {"layer_decay": 0.7, "clip_grad": 1.0, "warmup_epochs": 0.5, "ema": 0.9}
+    summary = fit(config(color_jitter=0.3, optimizer="lamb", schedule="poly", **everything))
+    assert summary.history[-1]["loss"] < 3
+
+
+def test_layers_have_their_own_rates(config: Build) -> None:
+    run = Run(config(layer_decay=0.5, lr=1.0))
+    run.schedule.step_update(0)
+    rates = {}
+    for group in run.optimizer.param_groups:
+        for parameter in group["params"]:
+            rates[parameter] = group["lr"]
+    model = run.loaded.model
+    assert rates[model.head.weight] == 1.0
+    first, second = (model.blocks[i].mlp.fc1.weight for i in (0, 1))
+    assert rates[second] == pytest.approx(2 * rates[first])
+    assert [g["weight_decay"] for g in run.optimizer.param_groups].count(0.0) > 1
+
+
+def test_a_second_run_does_not_overwrite_the_first(config: Build) -> None:
+    fit(config(epochs=1))
+    with pytest.raises(OptionError, match=r"holds a run already.*--resume"):
+        fit(config(epochs=1))
+
+
+WRONG = {
+    "unknown optimiser": ({"optimizer": "adamm"}, "Did you mean 'adam'?"),
+    "unknown schedule": ({"schedule": "cosin"}, "Did you mean 'cosine'?"),
+    "rates upside down": ({"min_lr": 1.0}, "min_lr 1 is above lr 0.002"),
+    "no reduction": ({"macs": []}, "Nothing says how much to reduce"),
+    "a recipe and a budget": ({"macs": 0.5, "recipe": "a.json"}, "Leave out macs"),
+    "a share twice": ({"macs": [0.5, 0.5]}, "Two reductions have the same name"),
+    "a share out of range": ({"macs": 1.5}, "above 0 and at most 1"),
+    "an ignorant teacher": ({"scratch": True, "distill": 1}, "teacher self"),
+    "epochs that cannot be read": ({"reduce_epochs": "1:2"}, "reduce_epochs is '1:2'"),
+    "a checkpoint from scratch": ({"scratch": True, "checkpoint": "x"}, "x"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_stops_before_anything_is_written(
+    config: Build, tmp_path: Path, case: str
+) -> None:
+    fields, says = WRONG[case]
+    with pytest.raises(mergence.MergenceError) as problem:
+        fit(config(**fields))
+    assert says in str(problem.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_without_classes_are_refused(config: Build, folders: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in folders.rglob("*.png"):
+        file.rename(flat / file.name)
+    with pytest.raises(DataError, match="nothing to learn from"):
+        fit(config(data=str(flat)))
+    with pytest.raises(DataError, match="nothing can be validated"):
+        fit(config(val=str(flat)))
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_the_curves(config: Build, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    fit(config(val="demo", val_limit=10, tensorboard=True, log_every=1))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/lr", "epoch/dense top1"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_the_resolved_configuration_repeats_the_run(config: Build, tmp_path: Path) -> None:
+    first = fit(config(mixup=0.5, drop_path=0.2))
+    values = read_yaml(tmp_path / "run" / "config.yaml")
+    again = fit(Config.from_dict(values | {"out": str(tmp_path / "again")}))
+    assert json.dumps(first.history) == json.dumps(again.history)
+    weights = [(s.model / "model.safetensors").read_bytes() for s in (first, again)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_multi_scale_fusion_is_learned_at_its_own_rate(config: Build, tmp_path: Path) -> None:
+    moved = {}
+    for rate in (None, 0.1):
+        out = str(tmp_path / str(rate))
+        settings = config(method="mstm", set={"fusion": True}, learned_lr=rate, val="demo",
+                          val_limit=40, layer_decay=0.5, out=out)  # fmt: skip
+        run = Run(settings)
+        run.schedule.step_update(0)
+        (gates,) = (p for n, p in run.loaded.model.named_parameters() if n.endswith("gates"))
+        (group,) = (g for g in run.optimizer.param_groups if any(p is gates for p in g["params"]))
+        assert len(group["params"]) == 7
+        assert (group["lr"], group["weight_decay"]) == (pytest.approx(rate or settings.lr), 0)
+        summary = fit(settings)
+        model = mergence.load(summary.model)
+        (gates,) = (p for n, p in model.named_parameters() if n.endswith("gates"))
+        moved[rate] = float(gates.detach().abs().mean())
+    assert 0 < 10 * moved[None] < moved[0.1]
+    loaded = load_model(f"local-dir:{summary.model}")
+    images = open_images("demo", transform=loaded.transform, mode="L", limit=40)
+    fused = {"fused": mergence.recipe_of(model)}
+    found = mergence.evaluate(model, loader(images, batch_size=64), fused)
+    last = summary.history[-1]
+    assert last["dense top1"] == pytest.approx(found.results[0].top1)
+    assert last["mstm 0.67 top1"] == pytest.approx(found.results[1].top1)
+    assert last["mstm 0.67 agreement"] == pytest.approx(found.results[1].agreement)
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_is_trained(config: Build, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    size = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "num_labels": 4}
+    shape = {"image_size": 32, "patch_size": 8, "intermediate_size": 48}
+    made = transformers.ViTForImageClassification(transformers.ViTConfig(**size, **shape))
+    made.save_pretrained(tmp_path / "hf")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(
+        tmp_path / "hf"
+    )
+    fields = {"data": "synthetic:8", "val": "synthetic:4", "limit": None, "distill": 1.0}
+    settings = config(model=f"hf:{tmp_path / 'hf'}", consistency=1.0, **fields)
+    summary = fit(settings)
+    assert summary.history[-1]["loss"] < 3
+    trained = mergence.load(summary.model)
+    assert type(trained).__name__ == "ViTForImageClassification"
+    assert mergence.recipe_of(trained) == make("mergence", macs=0.67)
+    with pytest.raises(OptionError, match="only timm's models tell"):
+        fit(config(model=settings.model, layer_decay=0.7, out=str(tmp_path / "2"), **fields))
+
+
+@pytest.mark.slow
+def test_each_budget_has_its_recipe_beside_the_model(config: Build) -> None:
+    summary = fit(config(macs=[0.8, 0.5], epochs=1))
+    shares = [
+        mergence.Recipe.load(summary.model / name).schedule.macs  # type: ignore[attr-defined]
+        for name in ("mergence.json", "mergence-0.5.json")
+    ]
+    assert shares == [0.8, 0.5]

@@ -1,0 +1,262 @@
+"""A run never loses work: what is resumed ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergence.errors import CheckpointError, TrainingError
+from mergence.train import Config, Status, checkpoint, fit
+from mergence.train.loop import _Loop
+
+Build = Callable[..., Config]
+EVERYTHING: dict[str, Any] = {
+    "ema": 0.9, "mixup": 0.5, "drop_path": 0.2, "val": "demo", "val_limit": 10, "save_every": 1,
+    "macs": [0.8, 0.6], "optimizer": "nadamw", "log_every": 1,
+    "method": "mstm", "set": {"fusion": True}, "learned_lr": 0.02,
+}  # fmt: skip
+
+
+class Crash(Exception):
+    """Stands for whatever ends a process between two steps."""
+
+
+def crash_at(update: int) -> Callable[[Status], None]:
+    def report(status: Status) -> None:
+        if status.update == update:
+            raise Crash
+
+    return report
+
+
+def results(folder: Path) -> list[bytes]:
+    """Everything that a finished run has written and that must not depend on how often it fell."""
+    files = ["model/model.safetensors", "epochs.csv", "checkpoints/step-000000008/ema.safetensors"]
+    steps = (folder / "steps.csv").read_text().splitlines()
+    timeless = "\n".join(line.rpartition(",")[0] for line in steps)  # the last is images/s
+    return [*((folder / file).read_bytes() for file in files), timeless.encode()]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(
+    config_in: Callable[[Path], Build], tmp_path_factory: pytest.TempPathFactory
+) -> list[bytes]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    fit(config_in(folder)(**EVERYTHING))
+    return results(folder / "run")
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "updates", [(3, 6), *(pytest.param((u,), marks=SLOW) for u in (1, 4, 5, 8))], ids=str
+)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    config: Build, tmp_path: Path, uninterrupted: list[bytes], updates: tuple[int, ...]
+) -> None:
+    settings = config(**EVERYTHING | {"save_every": 3})
+    for update in updates:
+        with pytest.raises(Crash):
+            fit(settings, resume=True, report=crash_at(update))
+        random.seed(update)
+        torch.manual_seed(update)
+    seen: list[int] = []
+    fit(settings, resume=True, report=lambda status: seen.append(status.update))
+    assert results(tmp_path / "run") == uninterrupted
+    # It went on from the last checkpoint: every third step, and the end of each epoch of four.
+    reached = max((u for u in (0, 3, 4, 6) if u < updates[-1]), default=0)
+    assert seen == list(range(reached + 1, 9))
+
+
+@pytest.mark.slow
+def test_a_finished_run_stays_as_it_is(config: Build, tmp_path: Path) -> None:
+    first = fit(config(**EVERYTHING))
+    files = results(tmp_path / "run")
+    again = fit(config(**EVERYTHING), resume=True)
+    assert json.dumps(again.history) == json.dumps(first.history)
+    assert results(tmp_path / "run") == files
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)])
+def test_a_request_to_stop_is_heard_between_steps(
+    config: Build, tmp_path: Path, uninterrupted: list[bytes], number: int
+) -> None:
+    def report(status: Status) -> None:
+        if status.update == 2:
+            os.kill(os.getpid(), number)
+
+    settings = config(**EVERYTHING | {"save_every": 100})
+    before = signal.getsignal(number)
+    with pytest.raises(TrainingError, match=r"Stopped on request .* after step 2; its state"):
+        fit(settings, report=report)
+    assert signal.getsignal(number) is before
+    fit(settings, resume=True)
+    assert results(tmp_path / "run") == uninterrupted
+
+
+def worker(config: Config, started: Any, die_after: int | None) -> None:
+    """One life of a run, which may end itself in the middle of a write."""
+    torch.set_num_threads(1)
+    calls = 0
+    flush = checkpoint._flush
+
+    def deadly(path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(path)
+
+    checkpoint._flush = deadly
+    fit(config, resume=True, report=lambda status: started.set())
+
+
+def live(config: Config, die_after: int | None = None, kill_after: float | None = None) -> int:
+    """Run in a process of its own, perhaps until it is killed; its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mergence.train.loop", "timm", "accelerate", "PIL.Image"])
+    started = context.Event()
+    process = context.Process(target=worker, args=(config, started, die_after))
+    process.start()
+    if kill_after is not None and started.wait(timeout=60):
+        time.sleep(kill_after)
+        process.kill()
+    process.join(timeout=60)
+    code = process.exitcode
+    assert code is not None
+    return code
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_costs_nothing(
+    config: Build, tmp_path: Path, uninterrupted: list[bytes]
+) -> None:
+    settings = config(**EVERYTHING)
+    draw = random.Random(0)
+    # In the middle of a write: a checkpoint is five files and folders to flush.
+    codes = [live(settings, die_after=calls) for calls in (1, 2, 3, 4, 5, 8)]
+    partial = list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+    codes += [live(settings, kill_after=draw.uniform(0, 0.15)) for _ in range(5)]
+    assert codes[:6] == [-signal.SIGKILL] * 6
+    assert partial, "no kill left a partial checkpoint behind"
+    assert live(settings) == 0
+    assert results(tmp_path / "run") == uninterrupted
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+
+
+@contextmanager
+def disk_with_room_for(size: int) -> Any:
+    """Files cannot grow beyond `size` bytes: writing fails midway, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "size", [100_000, *(pytest.param(s, marks=SLOW) for s in (1_000, 300_000))]
+)
+def test_a_full_disk_leaves_the_last_checkpoint(
+    config: Build, tmp_path: Path, uninterrupted: list[bytes], size: int
+) -> None:
+    def report(status: Status) -> None:
+        if status.update == 3:
+            full.__enter__()
+
+    settings = config(**EVERYTHING)
+    full = disk_with_room_for(size)
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be written.*Make room"):
+            fit(settings, report=report)
+    finally:
+        full.__exit__(None, None, None)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-000000001", "step-000000002"]
+    fit(settings, resume=True)
+    assert results(tmp_path / "run") == uninterrupted
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_names_its_images(
+    config: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    settings = config(save_every=2)
+    loss = _Loop._loss
+    seen: list[list[str]] = []
+
+    def poisoned(self: _Loop, batch: Any, choice: Any) -> torch.Tensor:
+        value = loss(self, batch, choice)
+        seen.append(batch.names)
+        if len(seen) == 6:
+            # The root of zero: its value is fine, its gradient is not.
+            value = value * float("nan") if what == "loss" else value + (value * 0).sqrt()
+        return value
+
+    monkeypatch.setattr(_Loop, "_loss", poisoned)
+    with pytest.raises(TrainingError) as problem:
+        fit(settings)
+    assert f"The {what} of step 6 is not a finite number" in str(problem.value)
+    assert ", ".join(seen[5]) in str(problem.value)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-000000002", "step-000000004"]
+    monkeypatch.undo()
+    assert fit(settings, resume=True).history[-1]["epoch"] == 2
+
+
+def test_checkpoints_are_read_without_running_code(config: Build, tmp_path: Path) -> None:
+    fit(config(epochs=1))
+    (place,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert {file.name for file in place.iterdir()} == {"model.safetensors", "trainer.pt"}
+    torch.load(place / "trainer.pt", weights_only=True)
+    (place / "trainer.pt").write_bytes((place / "trainer.pt").read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"cannot be read.*Remove that folder"):
+        fit(config(epochs=1), resume=True)
+
+
+@pytest.mark.slow
+def test_another_run_cannot_be_resumed(config: Build) -> None:
+    fit(config(epochs=1))
+    with pytest.raises(CheckpointError, match="trains on 50 images and 'demo' now has 40"):
+        fit(config(limit=40), resume=True)
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        fit(config(model="demo"), resume=True)
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        fit(config(ema=0.9), resume=True)
+    with pytest.warns(
+        UserWarning, match=r"goes on with other options: epochs 1 is now 2; lr 0\.00"
+    ):
+        fit(config(lr=1e-4), resume=True)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    def fill(text: str) -> Callable[[Path], None]:
+        return lambda place: (place / "file").write_text(text) and None
+
+    def fail(place: Path) -> None:
+        fill("half")(place)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "model"
+    checkpoint.write_folder(folder, fill("first"))
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        checkpoint.write_folder(folder, fail)
+    assert (folder / "file").read_text() == "first"
+    checkpoint.write_folder(folder, fill("second"))
+    assert (folder / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
