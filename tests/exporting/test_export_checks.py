@@ -18,17 +18,20 @@ from mergence.exporting import agreement, checked, graph
 from mergence.exporting.formats import FORMATS, Format
 
 IMAGES = torch.linspace(-1, 1, 20 * 12).reshape(20, 3, 2, 2)
+SCALE = torch.tensor(2.0)
 
 
 class Sum(nn.Module):
-    """Two outputs an image, wrapped as libraries wrap them."""
+    """Two values an image, and what libraries put beside: nothing, and a number of the model's."""
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"logits": torch.stack((x.sum(dim=(1, 2, 3)), x[:, 0, 0, 0]), dim=1)}
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        logits = torch.stack((x.sum(dim=(1, 2, 3)), x[:, 0, 0, 0]), dim=1)
+        return {"logits": logits, "text": None, "scale": torch.tensor(2.0)}
 
 
 def logits(x: Tensor) -> Tensor:
-    return Sum()(x)["logits"]
+    logits: Tensor = Sum()(x)["logits"]
+    return logits
 
 
 def changed(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -56,7 +59,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def write(model: nn.Module, images: Tensor, path: Path, opset: int) -> None:
             path.write_text("new")
 
-        fake = Format(".pt2", write, lambda path: lambda images: [runner(images)])
+        fake = Format(".pt2", write, lambda path: lambda images: [runner(images), SCALE])
         monkeypatch.setitem(FORMATS, "pt2", fake)
 
     return install
@@ -104,7 +107,7 @@ def test_one_image_of_twenty_may_be_a_near_tie_and_no_more(fake: Any, tmp_path: 
         (changed(lambda y, x: y * 1.01), "off by more than 0.001"),
         (changed(lambda y, x: y * float("nan")), "On 20 of 20 images"),
         (changed(lambda y, x: y.flip(1)), "off by more than"),
-        (changed(lambda y, x: y[:, :1]), r"shapes \[\[20, 1\]\], and the model in \[\[20, 2\]\]"),
+        (changed(lambda y, x: y[:, :1]), r"shapes \[\[20, 1\], .*model in \[\[20, 2\], "),
         (changed(lambda y, x: y / (len(x) == 1)), "off by more than"),  # one batch size only
         (changed(lambda y, x: [].pop()), "does not run .IndexError"),
     ],

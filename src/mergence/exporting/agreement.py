@@ -71,7 +71,7 @@ def compare(model: nn.Module, exported: Runner, images: Tensor) -> Agreement:
         )
     difference = torch.stack([_difference(*pair) for pair in zip(found, expected, strict=True)])
     difference = difference.amax(dim=0)
-    answers = [outputs[0].flatten(1).argmax(dim=1) for outputs in (found, expected)]
+    answers = [outputs[0].argmax(dim=1) for outputs in (found, expected)]
     agreement = Agreement(
         images=len(images),
         worst=float(difference.max()),
@@ -89,12 +89,16 @@ def compare(model: nn.Module, exported: Runner, images: Tensor) -> Agreement:
 
 
 def _outputs(run: Runner, parts: list[Tensor]) -> list[Tensor]:
-    """Run on several batches; each output in one tensor."""
-    answers = [run(part) for part in parts]
-    return [torch.cat([y.float().cpu() for y in output]) for output in zip(*answers, strict=True)]
+    """Run on several batches; each output in one tensor, `[images, values]`."""
+    answers = []
+    for part in parts:
+        # A scale or the like that belongs to no image is one of each.
+        outputs = [y.expand(len(part)) if y.ndim == 0 else y for y in run(part)]
+        answers.append([y.float().cpu().reshape(len(part), -1) for y in outputs])
+    return [torch.cat(output) for output in zip(*answers, strict=True)]
 
 
 def _difference(found: Tensor, expected: Tensor) -> Tensor:
     """The largest difference of each image; NaN is as far off as can be, whoever has it."""
-    difference = (found - expected).abs().nan_to_num(torch.inf).flatten(1).amax(dim=1)
+    difference = (found - expected).abs().nan_to_num(torch.inf).amax(dim=1)
     return difference / expected.abs().max()
