@@ -97,6 +97,18 @@ class Method(ABC):
         return tuple(field.name for field in dataclasses.fields(cls))
 
 
+class BipartiteMethod(Method):
+    """A method that pairs tokens of two alternating sets, as ToMe does (arXiv 2210.09461)."""
+
+    def fewest_slots(self, tokens: int) -> int:
+        """A pair needs one of each set, so at most half can leave."""
+        return tokens - tokens // 2
+
+    def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:
+        """Similarity of the keys between the two halves."""
+        return (tokens // 2) * (tokens - tokens // 2) * head_dim
+
+
 M = TypeVar("M", bound=type[Method])
 _REGISTRY: dict[str, type[Method]] = {}
 

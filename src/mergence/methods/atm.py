@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from mergence.method import Method, check_range, register
+from mergence.method import BipartiteMethod, check_range, register
 from mergence.plan import MergePlan, TokenView, alternate, best_pairs, join, rows
 from mergence.schedule import Constant, Schedule
 
 
 @register("atm")
 @dataclass(frozen=True, kw_only=True)
-class ATM(Method):
+class ATM(BipartiteMethod):
     """Merge the pairs of least error n_i n_j / (n_i + n_j) * (1 - cos(i, j)), n being sizes.
 
     Lee and Choi, *Lossless Token Merging Even Without Fine-Tuning in Vision Transformers*,
@@ -33,7 +33,7 @@ class ATM(Method):
 
     shape: ClassVar[Schedule] = Constant()
     tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {
-        **Method.tunable,
+        **BipartiteMethod.tunable,
         "early": (0.5, 0.75, 1.0),
     }
 
@@ -61,10 +61,6 @@ class ATM(Method):
         error = own * other / (own + other) * (1 - similarity)
         moves = best_pairs(-error, givers, takers, count=total - slots, tokens=total)
         return join(moves, size, slots)
-
-    def fewest_slots(self, tokens: int) -> int:
-        """A pair needs one of each set, so at most half can leave."""
-        return tokens - tokens // 2
 
     def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:
         """Similarity between the two halves."""

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch.nn import functional as F
 
-from mergence.method import Method, register
+from mergence.method import BipartiteMethod, register
 from mergence.plan import MergePlan, TokenView, best_pairs, join, rows
 from mergence.schedule import KeepRate, Schedule
 
 
 @register("pitome")
 @dataclass(frozen=True, kw_only=True)
-class PiToMe(Method):
+class PiToMe(BipartiteMethod):
     """Merge tokens of high energy, those in large clusters, and protect isolated ones.
 
     Tran et al., *Accelerating Transformers with Spectrum-Preserving Token Merging*,
@@ -45,10 +45,6 @@ class PiToMe(Method):
         return join(
             best_pairs(attraction, givers, takers, count=count, tokens=total), tokens.size, slots
         )
-
-    def fewest_slots(self, tokens: int) -> int:
-        """A pair needs one of each set, so at most half can leave."""
-        return tokens - tokens // 2
 
     def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:
         """Similarity between all tokens."""

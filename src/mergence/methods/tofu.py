@@ -8,14 +8,14 @@ from typing import ClassVar
 
 import torch
 
-from mergence.method import Method, check_range, register
+from mergence.method import BipartiteMethod, check_range, register
 from mergence.plan import DROPPED, MergePlan, TokenView, join, most_similar_pairs
 from mergence.schedule import Constant, Schedule
 
 
 @register("tofu")
 @dataclass(frozen=True, kw_only=True)
-class ToFu(Method):
+class ToFu(BipartiteMethod):
     """Pair tokens as ToMe does; early blocks drop the giver, late ones merge and keep the norm.
 
     Kim et al., *Token Fusion: Bridging the Gap between Token Pruning and Token Merging*,
@@ -31,7 +31,7 @@ class ToFu(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"keys"})
     shape: ClassVar[Schedule] = Constant()
     tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {
-        **Method.tunable,
+        **BipartiteMethod.tunable,
         "early": (0.0, 0.25, 0.5),
     }
 
@@ -49,11 +49,3 @@ class ToFu(Method):
             stays = moves == torch.arange(total, device=moves.device)
             return join(torch.where(stays, moves, DROPPED), tokens.size, slots)
         return join(moves, tokens.size, slots, keep_norm=True)
-
-    def fewest_slots(self, tokens: int) -> int:
-        """A pair needs one of each set, so at most half can leave."""
-        return tokens - tokens // 2
-
-    def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:
-        """Similarity between the two halves."""
-        return (tokens // 2) * (tokens - tokens // 2) * head_dim

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mergence.method import Method, register
+from mergence.method import BipartiteMethod, register
 from mergence.plan import MergePlan, TokenView, join, most_similar_pairs
 from mergence.schedule import Constant, Schedule
 
 
 @register("tome")
 @dataclass(frozen=True, kw_only=True)
-class ToMe(Method):
+class ToMe(BipartiteMethod):
     """Split tokens into two alternating sets and merge the most similar pairs across them.
 
     Bolya et al., *Token Merging: Your ViT But Faster*, arXiv 2210.09461, section 3. Departures: the
@@ -27,11 +27,3 @@ class ToMe(Method):
         """See `Method.plan`."""
         moves = most_similar_pairs(tokens.keys, tokens.size.shape[1] - slots)
         return join(moves, tokens.size, slots)
-
-    def fewest_slots(self, tokens: int) -> int:
-        """A pair needs one of each set, so at most half can leave."""
-        return tokens - tokens // 2
-
-    def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:
-        """Similarity between the two halves."""
-        return (tokens // 2) * (tokens - tokens // 2) * head_dim

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import torch
 
-from mergence.method import Method, register
+from mergence.method import BipartiteMethod, register
 from mergence.plan import MergePlan, TokenView, join, most_similar_pairs
 from mergence.schedule import Constant, Schedule
 
 
 @register("tomecis")
 @dataclass(frozen=True, kw_only=True)
-class ToMeCIS(Method):
+class ToMeCIS(BipartiteMethod):
     """Pair tokens as ToMe does and weigh them in the mean by their class importance.
 
     Seol, Roh, Chung, *Token Merging with Class Importance Score*, IECON 2023,
@@ -33,11 +33,3 @@ class ToMeCIS(Method):
         importance = torch.nan_to_num(tokens.importance, nan=0.0).clamp(min=1e-12)
         moves = most_similar_pairs(tokens.keys, tokens.size.shape[1] - slots)
         return join(moves, importance, slots)
-
-    def fewest_slots(self, tokens: int) -> int:
-        """A pair needs one of each set, so at most half can leave."""
-        return tokens - tokens // 2
-
-    def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:
-        """Similarity between the two halves."""
-        return (tokens // 2) * (tokens - tokens // 2) * head_dim
