@@ -33,43 +33,47 @@ KEEP_RATE = 0.7  # three reductions, each small enough for every method
 
 
 # The whole product would take half an hour. Methods do not know libraries and families do not know
-# methods, so two cuts through it are run. The fast one: in pairs every model meets a method and
-# every method a model, and every method meets one plain model. The slow one: every method meets one
-# model a library, and every model one method of each sort (merges into what stays, merges pairs,
-# drops).
+# methods, so cuts through it are run.
+# - In pairs, every model meets a method and every method a model: every promise.
+# - Every method meets one plain model: every promise.
+# - Every method meets one model a library, and every model one method of each sort (merges into
+#   what stays, merges pairs, drops): the promises marked `full_product`.
+# The fast tier has the plain model and one model a library; all else is slow.
 PLAIN = "timm-vit"
 KINDS = list(TINY)
+FIRST_OF_LIBRARY = [next(k for k in KINDS if k.startswith(f"{f}-")) for f in family.registry()]
+SORTS = ("mergence", "tome", "topk")
 PAIRS = [
     (KINDS[i % len(KINDS)], names()[i % len(names())]) for i in range(max(len(KINDS), len(names())))
 ]
-FIRST_OF_LIBRARY = [next(k for k in KINDS if k.startswith(f"{f}-")) for f in family.registry()]
-SORTS = ("mergence", "tome", "topk")
-FAST = {*PAIRS, *((PLAIN, method) for method in names())}
-SLOW = {*product(FIRST_OF_LIBRARY, names()), *product(KINDS, SORTS)}
+EVERY_PROMISE = {*PAIRS, *product([PLAIN], names())}
+FULL_PRODUCT = {*product(FIRST_OF_LIBRARY, names()), *product(KINDS, SORTS)}
+FAST = {*product([PLAIN], names()), *(pair for pair in PAIRS if pair[0] in FIRST_OF_LIBRARY)}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full_product: run on the slow cut, too")
+    config.addinivalue_line("markers", "full_product: run on more models x methods")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Beyond the fast cut, only promises marked `full_product` run, and in the slow tier."""
-    dropped = []
-    for item in items:
-        chosen = getattr(getattr(item, "callspec", None), "params", {})
-        if not {"dense", "method"} <= chosen.keys():
-            continue
-        pair = chosen["dense"], chosen["method"]
-        if pair in FAST:
-            continue
-        if pair in SLOW and item.get_closest_marker("full_product"):
-            item.add_marker("slow")
-        else:
-            dropped.append(item)
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        gone = set(map(id, dropped))
-        items[:] = [item for item in items if id(item) not in gone]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give each test its models and methods."""
+    if "dense" not in metafunc.fixturenames:
+        return
+    if "method" not in metafunc.fixturenames:
+        kinds = [
+            pytest.param(kind, marks=[] if kind in (PLAIN, *FIRST_OF_LIBRARY) else pytest.mark.slow)
+            for kind in KINDS
+        ]
+        metafunc.parametrize("dense", kinds, indirect=True)
+        return
+    full = metafunc.definition.get_closest_marker("full_product") is not None
+    chosen = EVERY_PROMISE | FULL_PRODUCT if full else EVERY_PROMISE
+    pairs = [
+        pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow, id="-".join(pair))
+        for pair in product(KINDS, names())
+        if pair in chosen
+    ]
+    metafunc.parametrize(("dense", "method"), pairs, indirect=True)
 
 
 @cache
@@ -77,13 +81,13 @@ def _built(name: str) -> nn.Module:
     return TINY[name]()
 
 
-@pytest.fixture(params=TINY)
+@pytest.fixture
 def dense(request: pytest.FixtureRequest) -> nn.Module:
-    """A tiny model of each kind of each family, untouched."""
+    """A tiny model of each kind of each family, untouched; see `pytest_generate_tests`."""
     return copy.deepcopy(_built(request.param))
 
 
-@pytest.fixture(params=names())
+@pytest.fixture
 def method(request: pytest.FixtureRequest) -> str:
     """The name of each method."""
     return str(request.param)
