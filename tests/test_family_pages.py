@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PAGES = sorted((Path(__file__).resolve().parents[1] / "docs" / "families").glob("*.md"))
+PAGES = sorted((Path(__file__).resolve().parents[1] / "docs" / "families").glob("[a-z]*.md"))
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -228,3 +228,33 @@ def test_what_has_no_plain_sequence_is_refused_by_name(cls: str, options: dict[s
     model = getattr(transformers, cls)(config)
     with pytest.raises(UnsupportedModelError, match=rf"{cls};.*Known:.*transformers' ViT"):
         mergence.apply(model, macs=0.67)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_spectrograms(kernel: str) -> None:
+    config = transformers.ASTConfig(
+        hidden_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        intermediate_size=192,
+        num_mel_bins=36,
+        max_length=76,
+        num_labels=5,
+    )
+    model = randomised(transformers.ASTForAudioClassification(config)).eval()
+    model.set_attn_implementation(kernel)
+    sound = torch.randn(2, 76, 36)
+    expected, before = model(sound).logits, list(model.state_dict())
+    mergence.apply(model, macs=1.0)
+    assert torch.equal(model(sound).logits, expected)
+    mergence.apply(model, keep_rate=0.5)
+    found = mergence.describe(model)
+    assert (found.patches, found.prefix, found.counts[-1]) == (3 * 7, 2, 3)
+    reduced = model(input_values=sound).logits
+    assert not torch.equal(reduced, expected)
+    trace = mergence.trace(model, sound)
+    assert trace.grid == (3, 7)
+    assert torch.equal(trace.output.logits, reduced)
+    assert list(model.state_dict()) == before
+    assert torch.equal(mergence.remove(model)(sound).logits, expected)

@@ -91,6 +91,10 @@ TOWERS: dict[str, Tower] = {
             Tower("DeiTLayer", "DeiTAttention", VIT, "layers", _PROJECTION, 2),
         ),
         (
+            _named("audio_spectrogram_transformer", "ASTModel"),
+            Tower("ASTLayer", "ASTAttention", VIT, "layers", _PROJECTION, 2),
+        ),
+        (
             _named("dinov2", "Dinov2Model"),
             Tower("Dinov2Layer", "Dinov2Attention", DINO, "encoder.layer", _PROJECTION, 1),
         ),
@@ -153,6 +157,10 @@ CONTAINERS: dict[str, Container] = {
         (
             _named("deit", "DeiTForImageClassificationWithTeacher"),
             Container("deit", ("cls_classifier", "distillation_classifier")),
+        ),
+        (
+            _named("audio_spectrogram_transformer", "ASTForAudioClassification"),
+            Container("audio_spectrogram_transformer", ("classifier",)),
         ),
         (
             _named("dinov2", "Dinov2ForImageClassification"),

@@ -8,6 +8,7 @@ implementations alone. What the library calls a model is here the *tower* (`ViTM
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
@@ -179,10 +180,7 @@ class ReducedTower:
                 "original tokens, which are merged on the way. Leave it out, follow patches with "
                 "mergence.trace(model, images), or use mergence.disabled(model)."
             )
-        rows, columns = (
-            pixels // side
-            for pixels, side in zip(image.shape[-2:], _pair(self.config.patch_size), strict=True)
-        )
+        rows, columns = _grid(self.config, image.shape[-2:])
         program.counts(rows * columns)  # refuses a size at which the schedule cannot be followed
         with run.forward((rows, columns)):
             outputs = dense.forward(*inputs, **options)
@@ -246,6 +244,18 @@ def _times_size(x: Tensor, size: Tensor) -> Tensor:
     return x * F.pad(factor, (prefix, 0), value=1.0).to(x.dtype).unsqueeze(2)
 
 
+def _grid(config: Any, size: Any) -> tuple[int, int]:
+    """Patch rows and columns of images of a size."""
+    if hasattr(config, "num_mel_bins"):  # spectrograms, all of one size, whose patches overlap
+        side = config.patch_size
+        return (
+            (config.num_mel_bins - side) // config.frequency_stride + 1,
+            (config.max_length - side) // config.time_stride + 1,
+        )
+    (height, width), (rows, columns) = _pair(size), _pair(config.patch_size)
+    return height // rows, width // columns
+
+
 def _pair(side: Any) -> tuple[int, int]:
     rows, columns = side if isinstance(side, (list, tuple)) else (side, side)
     return rows, columns
@@ -267,7 +277,7 @@ class Transformers(Family):
     supported: ClassVar[str] = (
         "transformers' ViT, DeiT, DINOv2 with and without registers, DINOv3, and the vision "
         "towers of CLIP and SigLIP (SigLIP 2 too, where its checkpoints load as SigLIP), alone, "
-        "with a classifier, and inside CLIPModel and SiglipModel"
+        "with a classifier, and inside CLIPModel and SiglipModel; Audio Spectrogram Transformer"
     )
 
     def inspect(self, model: Any) -> ModelSpec:
@@ -298,11 +308,11 @@ class Transformers(Family):
         heads = [getattr(model, name) for name in container.heads] if container else []
         return ModelSpec(
             blocks=blocks,
-            patches=_patches(tower.config),
+            patches=math.prod(_grid(tower.config, getattr(tower.config, "image_size", ()))),
             cost=_cost(tower, kind, head, heads),
             block_mixin=BLOCK_MIXINS[kind.layout],
             parts=tuple(parts),
-            classes=model.num_labels if "ForImageClassification" in type(model).__name__ else 0,
+            classes=model.num_labels if "Classification" in type(model).__name__ else 0,
         )
 
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:
@@ -315,12 +325,6 @@ EntryT = TypeVar("EntryT")
 
 def _entry(table: Mapping[str, EntryT], model: nn.Module) -> EntryT | None:
     return next((table[name] for name in qualified_names(type(model)) if name in table), None)
-
-
-def _patches(config: Any) -> int:
-    sides = zip(_pair(config.image_size), _pair(config.patch_size), strict=True)
-    rows, columns = (pixels // side for pixels, side in sides)
-    return rows * columns
 
 
 def _cost(tower: Any, kind: Tower, head: Any, heads: list[nn.Module]) -> ModelCost:

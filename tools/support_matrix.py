@@ -1,0 +1,71 @@
+"""Write docs/families/README.md: what every family covers, read from the registry.
+
+python tools/support_matrix.py
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import nn
+
+from mergence import family
+from mergence.family import Family
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "families" / "README.md"
+LIBRARIES = ("timm", "transformers", "torchvision", "open_clip_torch", "torch")
+CHECKPOINTING = ("set_grad_checkpointing", "gradient_checkpointing_enable")
+
+
+def table() -> str:
+    """One row for each kind of model that the contract tests build."""
+    head = (
+        "| family | kind tested | class | prefix tokens | turned by place | answers with "
+        "| gradient checkpointing |\n|---|---|---|---|---|---|---|\n"
+    )
+    rows = [
+        _row(one, kind, build())
+        for one in family.registry().values()
+        for kind, build in one.tiny().items()
+    ]
+    return head + "".join(rows)
+
+
+def _row(one: Family, kind: str, model: nn.Module) -> str:
+    spec = one.inspect(model)
+    cells = (
+        one.name,
+        kind,
+        f"`{type(model).__name__}`",
+        spec.cost.prefix,
+        "yes" if spec.cost.rotary else "",
+        "class scores" if spec.classes else "an embedding",
+        "yes" if any(hasattr(model, name) for name in CHECKPOINTING) else "not in the library",
+    )
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def page() -> str:
+    """The whole page."""
+    covered = "".join(f"- `{f.name}`: {f.supported}\n" for f in family.registry().values())
+    tested = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    return f"""# What is covered
+
+Made by `python tools/support_matrix.py` from the registry. `mergence list families` shows the same.
+
+{covered}
+Every kind below passes the contract tests: keep-all bit-identical to the library's own forward, \
+`remove` exact, prefix tokens and token counts as scheduled, a batch equal to its images one by \
+one, copies and pickles, threads, half precision and autocast, gradients, `torch.compile` in one \
+graph; `torch.export` and ONNX for a part of them. Tested with {tested}.
+
+{table()}
+What is not listed is refused by name, with this list: windowed, hierarchical and convolutional \
+models, relative position biases (BEiT), post-norm and parallel blocks, and in transformers \
+VideoMAE, ViT-MAE (it shuffles and drops patches) and NaFlex SigLIP 2 (it pads).
+"""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
