@@ -140,14 +140,14 @@ def _save_dense(model: Any, folder: Path) -> None:
         return
     import timm
 
-    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
     try:
+        timm.models.save_for_hf(model, str(folder), safe_serialization=True)
         with torch.device("meta"):
             rebuilt = _shapes(timm.create_model(f"local-dir:{folder}").state_dict())
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(
-            f"timm cannot build this {type(model).__name__} again from the config.json it writes "
-            f"for it: {error} Make the model with timm.create_model."
+            f"timm cannot write a config.json that builds this {type(model).__name__} again: "
+            f"{error} Make the model with timm.create_model, from plain arguments."
         ) from error
     if rebuilt != _shapes(model.state_dict()):
         raise UnsupportedModelError(
