@@ -212,3 +212,13 @@ def test_uneven_shards_are_read_to_the_end(config: Build, tmp_path: Path) -> Non
     fit(config(data=stream, val=stream, limit=None, epoch_images=20, out=str(tmp_path / "one")))
     start, again = (rows(tmp_path / name / "epochs.csv")[0] for name in ("run", "one"))
     assert start["dense loss"] == pytest.approx(again["dense loss"], rel=1e-5)
+
+
+def test_half_precision_follows_the_full_one(config: Build, tmp_path: Path, alone: Path) -> None:
+    settings = config(**SETTINGS, precision="bf16")
+    assert pair(settings) == {0: "done", 1: "done"}
+    for a, b in zip(rows(alone / "epochs.csv"), rows(tmp_path / "run" / "epochs.csv"), strict=True):
+        assert b["dense loss"] == pytest.approx(a["dense loss"], rel=0.02)
+        assert b["dense loss"] != a["dense loss"]
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
