@@ -135,11 +135,10 @@ def alone(config_in: Callable[[Path], Build], tmp_path_factory: pytest.TempPathF
     return folder / "run"
 
 
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_two_processes_train_like_one(
-    config: Build, tmp_path: Path, alone: Path, pieces: int
+def test_two_processes_with_three_pieces_train_like_one(
+    config: Build, tmp_path: Path, alone: Path
 ) -> None:
-    assert pair(config(**SETTINGS, accumulate=pieces)) == {0: "done", 1: "done"}
+    assert pair(config(**SETTINGS, accumulate=3)) == {0: "done", 1: "done"}
     agree(alone, tmp_path / "run")
 
 
@@ -175,7 +174,9 @@ def test_an_error_of_the_main_process_ends_all(config: Build, tmp_path: Path) ->
     assert said.keys() == {0, 1}
 
 
-def test_torchrun_starts_it(config: Build, tmp_path: Path, alone: Path) -> None:
+def test_torchrun_starts_two_that_train_like_one(
+    config: Build, tmp_path: Path, alone: Path
+) -> None:
     (tmp_path / "config.yaml").write_text(config(**SETTINGS).to_yaml())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "mergence.train", "--config", str(tmp_path / "config.yaml")]
@@ -212,3 +213,13 @@ def test_uneven_shards_are_read_to_the_end(config: Build, tmp_path: Path) -> Non
     fit(config(data=stream, val=stream, limit=None, epoch_images=20, out=str(tmp_path / "one")))
     start, again = (rows(tmp_path / name / "epochs.csv")[0] for name in ("run", "one"))
     assert start["dense loss"] == pytest.approx(again["dense loss"], rel=1e-5)
+
+
+def test_half_precision_follows_the_full_one(config: Build, tmp_path: Path, alone: Path) -> None:
+    settings = config(**SETTINGS, precision="bf16")
+    assert pair(settings) == {0: "done", 1: "done"}
+    for a, b in zip(rows(alone / "epochs.csv"), rows(tmp_path / "run" / "epochs.csv"), strict=True):
+        assert b["dense loss"] == pytest.approx(a["dense loss"], rel=0.02)
+        assert b["dense loss"] != a["dense loss"]
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}

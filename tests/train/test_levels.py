@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import mergence
+from mergence import family
 from mergence.errors import OptionError, ScheduleError
+from mergence.outputs import answer
 from mergence.recipe import make
 from mergence.train.levels import Choice, Reducer, Timetable
 
@@ -126,3 +128,22 @@ def test_recipes_must_agree_on_the_place_of_a_learned_module(model: nn.Module) -
     }
     with pytest.raises(ScheduleError, match=r"late 3, early 1"):
         Reducer(model, fused)
+
+
+KINDS = {
+    f"{f.name}-{kind}": build
+    for f in family.registry().values()
+    for kind, build in f.tiny().items()
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_every_family_change_their_reduction(kind: str, image: torch.Tensor) -> None:
+    model = KINDS[kind]().eval()
+    dense = answer(model(image))
+    with mergence.applied(model, "mergence", keep_rate=0.7):
+        expected = answer(model(image))
+    reducer = Reducer(model, {"a": make("mergence", keep_rate=0.7)})
+    for strength, output in ((1.0, expected), (0.0, dense), (1.0, expected)):
+        reducer.select(Choice("a", strength))
+        assert torch.equal(answer(model(image)), output)

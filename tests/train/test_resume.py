@@ -21,6 +21,7 @@ import torch
 from mergence.errors import CheckpointError, TrainingError
 from mergence.train import Config, Status, checkpoint, fit
 from mergence.train.loop import _Loop
+from mergence.train.run import Run
 
 Build = Callable[..., Config]
 EVERYTHING: dict[str, Any] = {
@@ -242,6 +243,18 @@ def test_another_run_cannot_be_resumed(config: Build) -> None:
         UserWarning, match=r"goes on with other options: epochs 1 is now 2; lr 0\.00"
     ):
         fit(config(lr=1e-4), resume=True)
+
+
+def test_new_options_hold_from_the_checkpoint_on(config: Build) -> None:
+    fit(config(epochs=1, weight_decay=0.5, layer_decay=0.5))
+    run = Run(config(epochs=2, weight_decay=0.25, layer_decay=0.8, lr=1e-4))
+    with pytest.warns(UserWarning, match=r"layer_decay 0\.5 is now 0\.8"):
+        assert run.restore()
+    run.schedule.step_update(run.position.update)
+    groups = run.optimizer.param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.25}
+    assert max(group["lr"] for group in groups) < 1e-4
+    assert sorted({group["lr_scale"] for group in groups})[-2] == pytest.approx(0.8)
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:

@@ -40,5 +40,5 @@ def main() -> None:
         error(str(problem))
         sys.exit(1)
     except KeyboardInterrupt:
-        error("Interrupted; nothing was written.")
+        error("Interrupted.")
         sys.exit(130)

@@ -30,7 +30,7 @@ class Summary:
     """What came of a run.
 
     Attributes:
-        model: Folder of the trained model; `local-dir:FOLDER` loads it.
+        model: Folder of the trained model; `mergence.load` reads it.
         history: One row an epoch, the state before training first where there is validation.
         skipped: Images that could not be read, with the reason.
         seconds: Time since this process started training.
@@ -75,11 +75,11 @@ def fit(
             "choose another folder."
         )
     run = Run(config)
-    restored = resume and run.restore()
-    run.on_main(lambda: _write_config(folder, config))
-    if not restored and run.val is not None:
-        run.history.append(_row(run, None, run.validate()))
     try:
+        restored = resume and run.restore()
+        run.on_main(lambda: _write_config(folder, config))
+        if not restored and run.val is not None:
+            run.history.append(_row(run, None, run.validate()))
         with Requests() as requests, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Grad strides do not match")  # of DDP, once
             return _Loop(run, report, requests).fit()

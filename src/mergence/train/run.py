@@ -68,11 +68,17 @@ class Run:
         self.reducer = Reducer(model, self.recipes)
         # A learned module takes no part in dense steps, and DDP must be told that this happens.
         unused = any(program.learned for program in self.reducer.programs.values())
-        self.accelerator = Accelerator(
-            cpu=config.device == "cpu",
-            mixed_precision=config.precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
-        )
+        try:
+            self.accelerator = Accelerator(
+                cpu=config.device == "cpu",
+                mixed_precision=config.precision,
+                kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+            )
+        except ValueError as error:  # it is set up once for a process
+            raise OptionError(
+                f"accelerate cannot be set up for precision {config.precision} on {config.device}: "
+                f"{error} A run of another kind needs a process of its own."
+            ) from error
         if config.ema and self.accelerator.distributed_type == "FSDP":
             raise OptionError(
                 "Weights cannot be averaged (ema) while FSDP keeps each process a part of them. "
@@ -191,10 +197,14 @@ class Run:
                 f"{', '.join(self.config.data)}' now has {len(self.feed.data)}, so its order is "
                 "lost. Give the same images, or start a new run from its weights with --checkpoint."
             )
+        optimizer = self.optimizer.optimizer
+        told = [
+            {key: group[key] for key in _TOLD & group.keys()} for group in optimizer.param_groups
+        ]
         try:
             set_state_dict(
                 self.model,
-                self.optimizer.optimizer,
+                optimizer,
                 model_state_dict=dict(state.model),
                 optim_state_dict=saved["optimizer"],
                 options=_whole(),
@@ -206,6 +216,8 @@ class Run:
                 f"The checkpoint '{place}' does not fit this run: {error}. Resume with the model, "
                 "method, optimiser and averaging that it was made with."
             ) from error
+        for group, values in zip(optimizer.param_groups, told, strict=True):
+            group.update(values)
         self._note_changes(saved["config"])
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -272,6 +284,9 @@ class Run:
         if problems:
             raise CheckpointError(problems[0])
 
+
+# What the configuration says about a group of parameters, whatever a checkpoint says.
+_TOLD = {"weight_decay", "lr_scale", "initial_lr"}
 
 # What may differ from run to run without changing what is learned.
 _FREE = ("out", "workers", "save_every", "log_every", "tensorboard", "device", "accumulate")
