@@ -49,11 +49,13 @@ class Family(ABC):
         name: The family's name, unique.
         models: Qualified names of the model classes that it knows.
         supported: What it covers, for people to read.
+        refused: Qualified names of classes that people may take for covered ones, and why not.
     """
 
     name: ClassVar[str]
     models: ClassVar[tuple[str, ...]]
     supported: ClassVar[str]
+    refused: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def inspect(self, model: nn.Module) -> ModelSpec:
@@ -105,8 +107,14 @@ def find(model: nn.Module) -> Family:
     family = _match(model)
     if family is not None:
         return family
-    inner = next(((name, m) for name, m in model.named_modules() if name and _match(m)), None)
     known = "; ".join(f"{f.name} ({f.supported})" for f in registry().values())
+    for one in registry().values():
+        for name in qualified_names(type(model)):
+            if name in one.refused:
+                raise UnsupportedModelError(
+                    f"A {name} cannot be reduced: {one.refused[name]}. Known: {known}."
+                )
+    inner = next(((name, m) for name, m in model.named_modules() if name and _match(m)), None)
     hint = (
         f"It contains a supported model at '.{inner[0]}': apply to that module instead."
         if inner

@@ -220,7 +220,6 @@ def test_a_foreign_block_is_refused() -> None:
     [
         ("SwinModel", {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}),
         ("ConvNextModel", {"hidden_sizes": [8] * 4, "depths": [1] * 4}),
-        ("BeitModel", {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}),
     ],
 )
 def test_what_has_no_plain_sequence_is_refused_by_name(cls: str, options: dict[str, Any]) -> None:
@@ -258,3 +257,25 @@ def test_spectrograms(kernel: str) -> None:
     assert torch.equal(trace.output.logits, reduced)
     assert list(model.state_dict()) == before
     assert torch.equal(mergence.remove(model)(sound).logits, expected)
+
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "reason"),
+    [
+        ("BeitModel", "BeitConfig", "bias for every pair of places"),
+        ("ViTForMaskedImageModeling", "ViTConfig", "reconstructs every patch"),
+        ("ViTMAEModel", "ViTMAEConfig", "load the checkpoint as ViTModel"),
+        ("Siglip2VisionModel", "Siglip2VisionConfig", "pads images"),
+    ],
+)
+def test_what_looks_like_a_covered_model_is_refused_with_the_reason(
+    cls: str, config: str, reason: str
+) -> None:
+    model = getattr(transformers, cls)(getattr(transformers, config)(**SMALL))
+    with pytest.raises(
+        UnsupportedModelError, match=rf"A transformers\.\S+\.{cls} cannot.*{reason}.*Known: open_"
+    ):
+        mergence.apply(model, macs=0.67)

@@ -184,6 +184,31 @@ CONTAINERS: dict[str, Container] = {
 }
 
 
+_RECONSTRUCTS = "it reconstructs every patch, and merged patches have no tokens of their own"
+_PADS = "it pads images of several sizes to one length (NaFlex)"
+_SHUFFLES = (
+    "it shuffles patches and drops most of them; load the checkpoint as ViTModel or "
+    "ViTForImageClassification"
+)
+_PAIRS = "its attention adds a bias for every pair of places, and a merged token has several"
+REFUSED: dict[str, str] = {
+    name: reason
+    for names, reason in (
+        (_named("vit", "ViTForMaskedImageModeling"), _RECONSTRUCTS),
+        (_named("deit", "DeiTForMaskedImageModeling"), _RECONSTRUCTS),
+        (_named("vit_mae", "ViTMAEModel", "ViTMAEForPreTraining"), _SHUFFLES),
+        (
+            _named(
+                "siglip2", "Siglip2VisionModel", "Siglip2Model", "Siglip2ForImageClassification"
+            ),
+            _PADS,
+        ),
+        (_named("beit", "BeitModel", "BeitForImageClassification"), _PAIRS),
+    )
+    for name in names
+}
+
+
 _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vit": ("ViTForImageClassification", "ViTConfig", {}),
     "vit_pooler": ("ViTModel", "ViTConfig", {}),

@@ -209,6 +209,12 @@ class Timm(Family):
         "timm's VisionTransformer: ViT, DeiT, distilled DeiT, DeiT-3, DINOv2 with and without "
         "registers, CLIP and SigLIP image towers"
     )
+    refused: ClassVar[Mapping[str, str]] = {
+        "timm.models.beit.Beit": (
+            "its attention adds a bias for every pair of places, and a merged token has several"
+        ),
+        "timm.models.naflexvit.NaFlexVit": "it pads images of several sizes to one length",
+    }
     block: ClassVar[tuple[str, ...]] = (_VIT + "Block",)
     attention: ClassVar[tuple[str, ...]] = (_ATTENTION,)
     block_mixin: ClassVar[type] = ReducedBlock

@@ -140,6 +140,7 @@ class TimmEva(Timm):
     supported: ClassVar[str] = (
         "timm's Eva: EVA, EVA-02, DINOv3, Perception Encoder and other ViTs with rotary positions"
     )
+    refused: ClassVar[Mapping[str, str]] = {}
     block: ClassVar[tuple[str, ...]] = (_EVA + "EvaBlock",)
     attention: ClassVar[tuple[str, ...]] = (
         _EVA + "EvaAttention",

@@ -29,6 +29,7 @@ from mergence.families._transformers import (
     CLIP,
     CONTAINERS,
     DINO,
+    REFUSED,
     TOWERS,
     VIT,
     Layout,
@@ -279,6 +280,8 @@ class Transformers(Family):
         "towers of CLIP and SigLIP (SigLIP 2 too, where its checkpoints load as SigLIP), alone, "
         "with a classifier, and inside CLIPModel and SiglipModel; Audio Spectrogram Transformer"
     )
+
+    refused: ClassVar[Mapping[str, str]] = REFUSED
 
     def inspect(self, model: Any) -> ModelSpec:
         """Read a model of transformers; see `Family.inspect`."""
