@@ -19,6 +19,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "mergence"
 HEAVY = {
     "PIL",
     "accelerate",
+    "datasets",
     "matplotlib",
     "onnx",
     "onnxruntime",
@@ -28,6 +29,8 @@ HEAVY = {
     "torchvision",
     "transformers",
     "typer",
+    "webdataset",
+    "yaml",
 }
 IMPORT_SECONDS = 0.3  # on top of import torch
 HELP_SECONDS = 1.0
