@@ -17,6 +17,10 @@ from mergence.plan import TokenView
 settings.register_profile("mergence", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("mergence")
 
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported. Nothing else of the suite uses Triton on a CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; a thread pool in each of them would only wait for the others.
     torch.set_num_threads(1)

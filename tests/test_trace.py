@@ -27,9 +27,9 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[MergePlan]:
     seen: list[MergePlan] = []
     merge = ops.merge
 
-    def watched(x: Any, size: Any, plan: MergePlan) -> Any:
+    def watched(x: Any, size: Any, plan: MergePlan, prefix: int) -> Any:
         seen.append(plan)
-        return merge(x, size, plan)
+        return merge(x, size, plan, prefix)
 
     monkeypatch.setattr(ops, "merge", watched)
     return seen

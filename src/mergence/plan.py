@@ -135,25 +135,29 @@ def keep_highest(score: Tensor, slots: int) -> Partition:
     """Split tokens by score: the `slots` highest stay.
 
     Args:
-        score: `[B, N]`. NaN counts as the lowest; among equals any may stay.
-        slots: How many stay, 1 to N.
+        score: `[B, N]`. NaN counts as the lowest; among equals the first stay.
+        slots: How many stay, 0 to N.
     """
-    score = torch.nan_to_num(score, nan=float("-inf"))
-    # One descending order gives both halves; each half is then put back into raster order.
-    order = score.argsort(dim=1, descending=True)
-    return Partition(order[:, :slots].sort(dim=1).values, order[:, slots:].sort(dim=1).values)
+    tokens = score.shape[1]
+    position = torch.arange(tokens, device=score.device)
+    order = torch.where(highest(score, slots), position, position + tokens).argsort(dim=1)
+    return Partition(order[:, :slots], order[:, slots:])
 
 
 def highest(score: Tensor, slots: int) -> Tensor:
     """Mark the `slots` tokens of the highest score, `[B, N]` bool.
 
     Args:
-        score: `[B, N]`. NaN counts as the lowest; among equals any may be marked.
-        slots: How many, 1 to N.
+        score: `[B, N]`. NaN counts as the lowest; among equals the first are marked.
+        slots: How many, 0 to N.
     """
-    chosen = torch.nan_to_num(score, nan=float("-inf")).topk(slots, dim=1).indices
-    position = torch.arange(score.shape[1], device=score.device)
-    return (chosen.unsqueeze(2) == position).any(dim=1)
+    score = torch.nan_to_num(score, nan=float("-inf"))
+    # By the lowest score that is marked, not by the indices of top-k: among equals these differ
+    # from device to device.
+    least = score.topk(max(slots, 1), dim=1).values[:, -1:]
+    over, equal = score > least, score == least
+    left = slots - over.sum(dim=1, keepdim=True)
+    return over | (equal & (equal.cumsum(dim=1) <= left))
 
 
 def best_pairs(

@@ -209,15 +209,14 @@ class BlockStep:
             self.program.prefix,
             self.program.run.observer,
         )
-        front, patches = x[:, :prefix], x[:, prefix:]
         if learned is not None:
             if carry.grid is None:
                 raise ReducedOutputError(
                     f"Block {self.index + 1} was called by itself, and its learned module needs "
                     "the patch grid. Call the model's forward or forward_features."
                 )
-            patches = learned(patches, carry.grid)
-        size = carry.size
+            x = torch.cat((x[:, :prefix], learned(x[:, prefix:], carry.grid)), dim=1)
+        patches, size = x[:, prefix:], carry.size
         if size is None:
             size = torch.ones(patches.shape[:2], device=x.device)
         # Autocast would turn the merge's output, and so the residual stream, to half precision.
@@ -233,7 +232,7 @@ class BlockStep:
             block, depth = self.index + 1, self.program.depth
             view = TokenView(patches, size, block, depth, importance, keys, received)
             plan = method.plan(view, slots)
-            merged, merged_size = ops.merge(patches, size, plan)
+            merged, merged_size = ops.merge(x, size, plan, prefix)
             bias = None
             if method.size_attention:
                 bias = _size_bias(merged_size, prefix, x.dtype, method.size_attention)
@@ -245,7 +244,7 @@ class BlockStep:
         after = replace(carry, size=merged_size, bias=bias, position=position, slots=slot_maps)
         if observer is not None:
             observer.reduced(self.index + 1, after, plan, importance)
-        return torch.cat((front, merged), dim=1), after
+        return merged, after
 
 
 def _size_bias(size: Tensor, prefix: int, dtype: torch.dtype, factor: float) -> Tensor:

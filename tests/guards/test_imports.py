@@ -46,7 +46,7 @@ RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 # A method is one file that can be read alone, and operators know tensors only: all they may use.
 ONLY: dict[str, set[str]] = {
     "ops": {"plan", "errors"},
-    "methods": {"plan", "errors", "method", "schedule", "importance", "multiscale"},
+    "methods": {"plan", "ops", "errors", "method", "schedule", "importance", "multiscale"},
 }
 ONLY_OUTSIDE: dict[str, set[str]] = {"ops": {"torch", "triton"}, "methods": {"torch"}}
 

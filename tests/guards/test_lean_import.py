@@ -28,6 +28,7 @@ HEAVY = {
     "timm",
     "torchvision",
     "transformers",
+    "triton",
     "typer",
     "webdataset",
     "yaml",

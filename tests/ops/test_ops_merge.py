@@ -14,7 +14,7 @@ from torch import Tensor
 from mergence.ops import dense, merge, reference
 from mergence.plan import DROPPED, MergePlan
 
-Merge = Callable[[Tensor, Tensor, MergePlan], tuple[Tensor, Tensor]]
+Merge = Callable[..., tuple[Tensor, Tensor]]
 IMPLEMENTATIONS = {"dense": dense.merge, "reference": reference.merge}
 
 
@@ -137,6 +137,20 @@ def test_only_tokens_with_weight_set_the_norm(implementation: Merge) -> None:
     x, slot = torch.tensor([[[3.0], [100.0], [1.0]]]), torch.zeros(1, 3, dtype=torch.long)
     plan = MergePlan(slot, torch.tensor([[1.0, 0.0, 1.0]]), 1, keep_norm=True)
     assert implementation(x, torch.ones(1, 3), plan)[0].item() == 3.0
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_prefix_tokens_pass_unchanged_in_front(implementation: Merge, dtype: torch.dtype) -> None:
+    x, size = torch.randn(2, 9, 5).to(dtype), torch.rand(2, 6)
+    slot = torch.tensor([[-1, 0, 1, 1, 2, 2], [2, 2, 2, 1, 0, -1]])
+    for keep_norm in (False, True):
+        plan = MergePlan(slot, torch.rand(2, 6), 3, keep_norm)
+        merged, merged_size = implementation(x, size, plan, 3)
+        expected, expected_size = implementation(x[:, 3:], size, plan)
+        assert torch.equal(merged[:, :3], x[:, :3])
+        torch.testing.assert_close(merged[:, 3:], expected)
+        torch.testing.assert_close(merged_size, expected_size)
 
 
 PLAN = MergePlan(torch.tensor([[0, 2, 0, 1, -1], [1, 1, 2, 0, 0]]), torch.rand(2, 5) + 0.5, 3)

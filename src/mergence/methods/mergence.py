@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch.nn import functional as F
 
+from mergence import ops
 from mergence.method import Method, check_range, register
 from mergence.plan import MergePlan, TokenView, highest, join
 from mergence.schedule import Ramp, Schedule
@@ -52,18 +52,10 @@ class Mergence(Method):
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
         """See `Method.plan`."""
         importance = torch.nan_to_num(tokens.importance, nan=0.0).clamp(min=1e-12)
-        metric = F.normalize(tokens.x, dim=2)
-        similarity = (metric @ metric.transpose(1, 2)).float()
-        # Among equally important tokens the earlier one counts as more important: a strict order,
-        # so that of two copies exactly one is redundant.
-        position = torch.arange(importance.shape[1], device=importance.device)
-        own, other = importance.unsqueeze(2), importance.unsqueeze(1)
-        above = (other > own) | ((other == own) & (position < position.unsqueeze(1)))
-        nearest_above = torch.where(above, similarity, -1.0).amax(dim=2).clamp(-1.0, 1.0)
-        cost = self.alpha * importance.log() + torch.log(1 + self.epsilon - nearest_above)
-        stays = highest(cost, slots)
-        nearest = torch.where(stays.unsqueeze(1), similarity, -torch.inf).argmax(dim=2)
-        moves = torch.where(stays, position, nearest)
+        cosines = ops.cosines(tokens.x)
+        redundancy = cosines.to_nearest_above(importance)
+        cost = self.alpha * importance.log() + torch.log(1 + self.epsilon - redundancy)
+        moves = cosines.nearest_kept(highest(cost, slots))
         return join(moves, tokens.size, slots, keep_norm=True)
 
     def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:

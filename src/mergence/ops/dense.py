@@ -1,42 +1,81 @@
-"""Merging without scatter: one one-hot matrix and one batched matrix product."""
+"""The operators without scatter: one-hot matrices, matrix products and arithmetic.
+
+Arithmetic, because comparing and selecting over N x N elements takes torch ten times as long on a
+CPU as adding and multiplying them.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mergence.plan import MergePlan
 
 
-def merge(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
-    """Merge tokens into the slots of a plan.
+def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """Merge tokens into the slots of a plan; see `mergence.ops.merge`."""
+    # Prefix tokens have the first slots for themselves, so that one product makes all rows.
+    index = torch.arange(prefix + plan.slots, device=x.device).unsqueeze(1)
+    slot = torch.where(plan.slot < 0, -1, plan.slot + prefix)
+    slot = torch.cat((index[:prefix].mT.expand(slot.shape[0], -1), slot), dim=1)
+    weight = F.pad(plan.weight.float(), (prefix, 0), value=1.0)
+    size = F.pad(size, (prefix, 0))
 
-    Args:
-        x: `[B, N, C]` tokens.
-        size: `[B, N]` float32, how many patches each token stands for.
-        plan: A plan for these N tokens.
-
-    Returns:
-        The weighted mean of each slot, `[B, slots, C]` in the type of `x`, and the sum of the sizes
-        in each slot, `[B, slots]` float32. A slot whose weights are all zero yields zeros. With
-        `plan.keep_norm` the mean is scaled to the largest norm of the slot's tokens of positive
-        weight.
-    """
-    index = torch.arange(plan.slots, device=x.device).unsqueeze(1)
-    member = plan.slot.unsqueeze(1) == index
+    member = (slot.unsqueeze(1) == index).float()
+    counts = (weight > 0).float()
+    merged_size, count = (torch.stack((size, counts), dim=1) @ member.mT).unbind(dim=1)
     # Normalised in float32 before the cast: a token alone in its slot then has weight exactly 1 and
     # passes unchanged, in bfloat16 too.
-    weight = torch.where(member, plan.weight.float().unsqueeze(1), 0.0)
-    total = weight.sum(dim=2, keepdim=True)
-    share = weight / torch.where(total > 0, total, 1.0)
-    merged_size = (member.to(size.dtype) @ size.unsqueeze(2)).squeeze(2)
-    mean = share.to(x.dtype) @ x
+    share = member * weight.unsqueeze(1)
+    total = share.sum(dim=2, keepdim=True)
+    share = share / torch.where(total > 0, total, 1.0)
+    merged = share.to(x.dtype) @ x
     if plan.keep_norm:
+        largest = (member * (counts * x.float().norm(dim=2)).unsqueeze(1)).amax(dim=2)
+        norm = merged.float().norm(dim=2)
         # Shared slots only, so that a token alone in its slot still passes unchanged.
-        counts = weight > 0
-        shared = counts.sum(dim=2) > 1
-        largest = torch.where(counts, x.float().norm(dim=2).unsqueeze(1), 0.0).amax(dim=2)
-        norm = mean.float().norm(dim=2)
-        scale = torch.where(shared & (norm > 0), largest / torch.where(norm > 0, norm, 1.0), 1.0)
-        mean = (mean * scale.unsqueeze(2)).to(x.dtype)
-    return mean, merged_size
+        shared = (count > 1) & (norm > 0)
+        scale = torch.where(shared, largest / torch.where(norm > 0, norm, 1.0), 1.0)
+        merged = (merged * scale.unsqueeze(2)).to(x.dtype)
+    return merged, merged_size[:, prefix:]
+
+
+class Cosines:
+    """The cosines between all tokens, as one matrix; see `mergence.ops.cosines`."""
+
+    def __init__(self, x: Tensor) -> None:
+        metric = F.normalize(x.detach(), dim=2)
+        self._matrix = (metric @ metric.transpose(1, 2)).float()
+
+    def to_nearest_above(self, score: Tensor) -> Tensor:
+        """The cosine of each token to the nearest one of higher score.
+
+        Among equal scores the earlier token counts as higher, and NaN as the lowest score: a strict
+        order, so that of two copies exactly one has the other above it.
+
+        Args:
+            score: `[B, N]` float32.
+
+        Returns:
+            `[B, N]` float32, from -1 to 1; -1 for the token that none is above.
+        """
+        score = torch.where(score.isnan(), -torch.inf, score)
+        rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1).float()
+        # 1 where the other token is above, 0 or less elsewhere; then 0, and -4.
+        above = rank.unsqueeze(2) - rank.unsqueeze(1)
+        above.clamp_(0, 1).sub_(1).mul_(4)
+        return above.add_(self._matrix).amax(dim=2).clamp(-1, 1)
+
+    def nearest_kept(self, stays: Tensor) -> Tensor:
+        """The token that each one resembles most among those that stay.
+
+        Args:
+            stays: `[B, N]` bool, at least one in each row.
+
+        Returns:
+            `[B, N]` int64 positions, its own for a token that stays; the first among equals.
+        """
+        position = torch.arange(stays.shape[1], device=stays.device)
+        nearest = (self._matrix - torch.where(stays, 0.0, 4.0).unsqueeze(1)).argmax(dim=2)
+        return torch.where(stays, position, nearest)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mergence.plan import MergePlan
 
 
-def merge(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
-    """Merge tokens into the slots of a plan; see `mergence.ops.dense.merge`."""
+def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """Merge tokens into the slots of a plan; see `mergence.ops.merge`."""
+    front, x = x[:, :prefix], x[:, prefix:]
     batch, _, channels = x.shape
     # One slot more than asked for collects what is dropped.
     slot = torch.where(plan.slot < 0, plan.slots, plan.slot)
@@ -26,4 +28,26 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
         largest = torch.zeros_like(total).scatter_reduce(1, slot, norm, "amax").unsqueeze(2)
         length = mean.norm(dim=2, keepdim=True)
         mean = torch.where(length > 0, mean * largest / length, mean)
-    return mean[:, :-1].to(x.dtype), merged_size[:, :-1]
+    return torch.cat((front, mean[:, :-1].to(x.dtype)), dim=1), merged_size[:, :-1]
+
+
+class Cosines:
+    """The cosines between all tokens; see `mergence.ops.dense.Cosines`."""
+
+    def __init__(self, x: Tensor) -> None:
+        metric = F.normalize(x, dim=2).float()
+        self._matrix = (metric @ metric.transpose(1, 2)).to(x.dtype).float()
+
+    def to_nearest_above(self, score: Tensor) -> Tensor:
+        """See `mergence.ops.dense.Cosines`."""
+        score = torch.where(score.isnan(), -torch.inf, score)
+        own, other = score.unsqueeze(2), score.unsqueeze(1)
+        position = torch.arange(score.shape[1], device=score.device)
+        above = (other > own) | ((other == own) & (position < position.unsqueeze(1)))
+        return torch.where(above, self._matrix, -1.0).amax(dim=2).clamp(-1, 1)
+
+    def nearest_kept(self, stays: Tensor) -> Tensor:
+        """See `mergence.ops.dense.Cosines`."""
+        position = torch.arange(stays.shape[1], device=stays.device)
+        nearest = torch.where(stays.unsqueeze(1), self._matrix, -torch.inf).argmax(dim=2)
+        return torch.where(stays, position, nearest)

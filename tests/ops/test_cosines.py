@@ -1,0 +1,130 @@
+"""The nearest tokens, by the readable, the dense and the fused implementation alike."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergence.ops import dense, fused, reference
+from mergence.plan import highest
+
+FAST = pytest.mark.parametrize("implementation", [dense, fused], ids=["dense", "fused"])
+SHAPES = [(3, 2, 128), (2, 33, 200), (1, 20, 1664), (1, 130, 128)]
+LARGE = [(1, 1369, 384), (1, 1500, 128)]
+CLOSE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+"""A unit in the last place of a cosine: sums in another order may round differently."""
+
+
+def exact(shape: tuple[int, int, int], kinds: int, place: torch.device) -> Tensor:
+    """Tokens of a few kinds, whose cosines are computed without rounding in any order of sums.
+
+    Each has sixteen elements of 1 or -1 and zeros elsewhere, so its norm is 4.
+    """
+    batch, tokens, channels = shape
+    table = torch.zeros(batch, kinds, channels)
+    table[:, :, :16] = torch.randint(0, 2, (batch, kinds, 16)) * 2.0 - 1
+    kind = torch.randint(0, kinds, (batch, tokens, 1))
+    return table.gather(1, kind.expand(-1, -1, channels)).to(place)
+
+
+def agree(
+    implementation: object, x: Tensor, score: Tensor, *, close: float, same: bool = True
+) -> None:
+    cosines, expected = implementation.Cosines(x), reference.Cosines(x)  # type: ignore[attr-defined]
+    nearest, wanted = cosines.to_nearest_above(score), expected.to_nearest_above(score)
+    assert nearest.dtype == torch.float32
+    torch.testing.assert_close(nearest, wanted, rtol=0, atol=close)
+    stays = highest(score, math.ceil(0.6 * x.shape[1]))
+    found, position = cosines.nearest_kept(stays), expected.nearest_kept(stays)
+    assert stays.gather(1, found).all()
+    if same:
+        assert torch.equal(found, position)
+    # Another choice is as near, up to rounding.
+    matrix = expected._matrix
+    chosen = matrix.gather(2, found.unsqueeze(2)) - matrix.gather(2, position.unsqueeze(2))
+    assert (chosen.abs() <= close).all()
+
+
+@FAST
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_they_agree_with_the_reference(
+    implementation: object, shape: tuple[int, int, int], dtype: torch.dtype, place: torch.device
+) -> None:
+    x, score = torch.randn(shape).to(dtype).to(place), torch.rand(shape[:2]).to(place)
+    agree(implementation, x, score, close=CLOSE[dtype], same=dtype == torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "dtype"), list(zip(LARGE, (torch.bfloat16, torch.float32), strict=True)), ids=str
+)
+def test_the_kernel_agrees_with_the_reference_on_large_inputs(
+    shape: tuple[int, int, int], dtype: torch.dtype, place: torch.device
+) -> None:
+    x, score = torch.randn(shape).to(dtype).to(place), torch.rand(shape[:2]).to(place)
+    agree(fused, x, score, close=CLOSE[dtype], same=dtype == torch.float32)
+
+
+@FAST
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kinds", [1, 3])
+@pytest.mark.parametrize("levels", [1, 4])
+def test_ties_are_broken_alike_everywhere(
+    implementation: object, dtype: torch.dtype, kinds: int, levels: int, place: torch.device
+) -> None:
+    x = exact((2, 71, 130), kinds, place).to(dtype)
+    score = torch.randint(0, levels, (2, 71)).float().to(place)
+    agree(implementation, x, score, close=0.0)
+
+
+@FAST
+def test_equal_tokens_have_the_first_one_above_them(
+    implementation: object, place: torch.device
+) -> None:
+    x, score = exact((1, 40, 64), 1, place), torch.full((1, 40), 0.5, device=place)
+    cosines = implementation.Cosines(x)  # type: ignore[attr-defined]
+    assert cosines.to_nearest_above(score)[0].tolist() == [-1.0] + [1.0] * 39
+    stays = torch.arange(40, device=place).unsqueeze(0) >= 38
+    assert cosines.nearest_kept(stays)[0].tolist() == [38] * 39 + [39]
+
+
+@FAST
+def test_nan_and_infinite_scores_have_their_places(
+    implementation: object, place: torch.device
+) -> None:
+    x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0]]], device=place)
+    x = torch.nn.functional.pad(x, (0, 30))
+    score = torch.tensor([[math.nan, math.inf, -math.inf, 0.0]], device=place)
+    nearest = implementation.Cosines(x).to_nearest_above(score)  # type: ignore[attr-defined]
+    # Above token 0 (NaN): 1 and 3; above 1: none; above 2 (as low as NaN, but later): all.
+    expected = torch.tensor([[0.0, -1.0, math.sqrt(0.5), 0.0]], device=place)
+    torch.testing.assert_close(nearest, expected)
+
+
+@FAST
+def test_zero_tokens_resemble_nothing(implementation: object, place: torch.device) -> None:
+    x = torch.zeros(1, 3, 16, device=place)
+    cosines = implementation.Cosines(x)  # type: ignore[attr-defined]
+    score = torch.tensor([[3.0, 2.0, 1.0]], device=place)
+    assert cosines.to_nearest_above(score).tolist() == [[-1.0, 0.0, 0.0]]
+    assert cosines.nearest_kept(score > 1.5).tolist() == [[0, 1, 0]]
+
+
+@FAST
+def test_no_gradient_flows_and_none_is_recorded(
+    implementation: object, place: torch.device
+) -> None:
+    x = torch.randn(1, 9, 16, device=place, requires_grad=True)
+    score = torch.rand(1, 9, device=place)
+    assert not implementation.Cosines(x).to_nearest_above(score).requires_grad  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_torch_finds_nothing_wrong_with_the_operator(place: torch.device) -> None:
+    x, score = torch.randn(2, 5, 16, device=place), torch.rand(2, 5, device=place)
+    arguments = (x, x.norm(dim=2).reciprocal(), score, score)
+    torch.library.opcheck(torch.ops.mergence.nearest.default, arguments)

@@ -1,0 +1,57 @@
+"""The kernels compile for NVIDIA GPUs, which needs none, and fit into the memory of a small one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# In a process of its own, as Triton interprets in this one where there is no GPU.
+CODE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mergence.ops import kernels
+
+SHARED = 64 * 1024  # bytes for one program on a T4
+POINTERS = {"size": "fp32", "slot": "i64", "weight": "fp32", "merged_size": "fp32",
+            "scale": "fp32", "score": "fp32", "bound": "fp32", "cosine": "fp32", "position": "i64"}
+
+def compile(kernel, dtype, warps, **constants):
+    def type_of(name):
+        if name in constants:
+            return "constexpr"
+        if name in ("x", "merged"):
+            return "*" + dtype
+        return "*" + POINTERS[name] if name in POINTERS else "i32"
+    source = ASTSource(kernel, {n: type_of(n) for n in kernel.arg_names}, constants)
+    for capability in (80, 90):
+        target = GPUTarget("cuda", capability, 32)
+        done = triton.compile(source, target=target, options={"num_warps": warps})
+        assert done.asm["cubin"] and done.metadata.shared <= SHARED, (kernel, dtype, capability)
+
+for dtype in ("bf16", "fp16", "fp32"):
+    compile(kernels._merge, dtype, 1, LENGTH=256, WIDTH=512, KEEP_NORM=True)
+    compile(kernels._merge, dtype, 4, LENGTH=2048, WIDTH=2048, KEEP_NORM=False)
+    step = 32 if dtype == "fp32" else 64
+    compile(kernels._nearest, dtype, 4, BLOCK=64, STEP=step, INTERPRETED=False)
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_and_fit() -> None:
+    nvidia = pytest.importorskip("triton.backends.nvidia", reason="no Triton for NVIDIA here")
+    assert nvidia
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+    assert done.stdout.strip() == "compiled", done.stderr
