@@ -46,6 +46,16 @@ def test_another_method_does_not_lend_its_verdict() -> None:
     assert judged([slow, replace(fast, name="y")])[0].verdict == "slower"
 
 
+def test_where_only_a_stronger_reduction_pays_the_verdict_names_the_gentlest_that_does() -> None:
+    slow, half, third = rows(0.9, 1.2, 1.5)
+    half = replace(half, name="half", batch=1, macs_ratio=0.4)
+    third = replace(third, name="third", batch=1, macs_ratio=0.3)
+    verdicts = [row.verdict for row in judged([slow, half, third])]
+    assert verdicts == ["slower; use half instead", "pays", "pays"]
+    # At another batch size they say nothing about this one.
+    assert judged([slow, replace(half, batch=2)])[0].verdict == "slower"
+
+
 def test_all_take_turns_and_the_first_turn_does_not_count() -> None:
     order: list[str] = []
 

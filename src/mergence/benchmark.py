@@ -145,7 +145,7 @@ def bench(
 
 
 def judged(rows: Iterable[Row]) -> list[Row]:
-    """Add to each reduced row what it means, with a look at the other batch sizes."""
+    """Add to each reduced row what it means, with a look at the other batches and reductions."""
     rows = list(rows)
 
     def verdict(row: Row) -> str:
@@ -158,7 +158,20 @@ def judged(rows: Iterable[Row]) -> list[Row]:
             return "pays"
         text = "slower" if row.speedup < SLOWER else "no gain"
         larger = [batch for batch in paying if batch > row.batch]
-        return f"{text}; pays from batch {min(larger)}" if larger else text
+        here = (row.batch, row.dtype, row.mode)
+        stronger = [
+            r
+            for r in rows
+            if (r.batch, r.dtype, r.mode) == here
+            and r.name != DENSE
+            and r.macs_ratio < row.macs_ratio
+            and r.speedup >= PAYS
+        ]
+        if larger:
+            text += f"; pays from batch {min(larger)}"
+        if stronger:
+            text += f"; use {max(stronger, key=lambda r: r.macs_ratio).name} instead"
+        return text
 
     return [Row(**{**asdict(row), "verdict": verdict(row)}) for row in rows]
 

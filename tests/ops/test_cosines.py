@@ -13,7 +13,6 @@ from mergence.plan import highest
 
 FAST = pytest.mark.parametrize("implementation", [dense, fused], ids=["dense", "fused"])
 SHAPES = [(3, 2, 128), (2, 33, 200), (1, 20, 1664), (1, 130, 128)]
-LARGE = [(1, 1369, 384), (1, 1500, 128)]
 CLOSE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """A unit in the last place of a cosine: sums in another order may round differently."""
 
@@ -59,14 +58,9 @@ def test_they_agree_with_the_reference(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("shape", "dtype"), list(zip(LARGE, (torch.bfloat16, torch.float32), strict=True)), ids=str
-)
-def test_the_kernel_agrees_with_the_reference_on_large_inputs(
-    shape: tuple[int, int, int], dtype: torch.dtype, place: torch.device
-) -> None:
-    x, score = torch.randn(shape).to(dtype).to(place), torch.rand(shape[:2]).to(place)
-    agree(fused, x, score, close=CLOSE[dtype], same=dtype == torch.float32)
+def test_the_kernel_agrees_with_the_reference_on_many_tokens(place: torch.device) -> None:
+    x, score = torch.randn(1, 1500, 128).bfloat16().to(place), torch.rand(1, 1500).to(place)
+    agree(fused, x, score, close=CLOSE[torch.bfloat16], same=False)
 
 
 @FAST

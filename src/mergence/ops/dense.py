@@ -22,7 +22,9 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
     weight = F.pad(plan.weight.float(), (prefix, 0), value=1.0)
     size = F.pad(size, (prefix, 0))
 
-    member = (slot.unsqueeze(1) == index).float()
+    # 1 where the token is in the slot, and 0 or less, then 0, elsewhere.
+    member = slot.float().unsqueeze(1) - index.float()
+    member.square_().neg_().add_(1).clamp_(min=0)
     counts = (weight > 0).float()
     merged_size, count = (torch.stack((size, counts), dim=1) @ member.mT).unbind(dim=1)
     # Normalised in float32 before the cast: a token alone in its slot then has weight exactly 1 and
@@ -77,5 +79,5 @@ class Cosines:
             `[B, N]` int64 positions, its own for a token that stays; the first among equals.
         """
         position = torch.arange(stays.shape[1], device=stays.device)
-        nearest = (self._matrix - torch.where(stays, 0.0, 4.0).unsqueeze(1)).argmax(dim=2)
+        nearest = (self._matrix - torch.where(stays, 0.0, 4.0).unsqueeze(1)).max(dim=2).indices
         return torch.where(stays, position, nearest)
