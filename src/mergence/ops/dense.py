@@ -63,11 +63,12 @@ class Cosines:
             `[B, N]` float32, from -1 to 1; -1 for the token that none is above.
         """
         score = torch.where(score.isnan(), -torch.inf, score)
-        rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1).float()
-        # 1 where the other token is above, 0 or less elsewhere; then 0, and -4.
-        above = rank.unsqueeze(2) - rank.unsqueeze(1)
-        above.clamp_(0, 1).sub_(1).mul_(4)
-        return above.add_(self._matrix).amax(dim=2).clamp(-1, 1)
+        own, other = score.unsqueeze(2), score.unsqueeze(1)
+        position = torch.arange(score.shape[1], device=score.device)
+        # Not by a stable sort, which ONNX does not have.
+        above = (other > own) | ((other == own) & (position < position.unsqueeze(1)))
+        candidates = above.float().sub_(1).mul_(4).add_(self._matrix)
+        return candidates.amax(dim=2).clamp(-1, 1)
 
     def nearest_kept(self, stays: Tensor) -> Tensor:
         """The token that each one resembles most among those that stay.
