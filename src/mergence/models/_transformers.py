@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mergence.errors import CheckpointError, UnsupportedModelError
+from mergence.errors import CheckpointError, MissingExtraError, UnsupportedModelError
 from mergence.models._loaded import Built, LoadedModel
 from mergence.models._weights import first_line, read_weights
 
@@ -25,7 +26,10 @@ def named(name: str, checkpoint: Path | None) -> Built:
     Raises:
         CheckpointError: There is no such checkpoint, or it lacks weights.
         UnsupportedModelError: It is no image model, or one for other than colour images.
+        MissingExtraError: Pillow is not installed; transformers does not bring it.
     """
+    if find_spec("PIL") is None:
+        raise MissingExtraError("pillow", "transformers", f"Loading 'hf:{name}'")
     import transformers
 
     folder = Path(name).expanduser()
