@@ -1,1 +1,26 @@
-"""One file a library: what its models and blocks look like."""
+"""One file a library: what its models and blocks look like.
+
+What is imported here helps to write a family, in this folder or in a package of its own.
+"""
+
+from mergence.families._common import (
+    Reduce,
+    keep,
+    linear_macs,
+    mean_by_size,
+    randomised,
+    reduced_forward,
+    refuse_mask,
+    require_class,
+)
+
+__all__ = [
+    "Reduce",
+    "keep",
+    "linear_macs",
+    "mean_by_size",
+    "randomised",
+    "reduced_forward",
+    "refuse_mask",
+    "require_class",
+]
