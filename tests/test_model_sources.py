@@ -93,7 +93,8 @@ def test_weights_of_transformers_from_another_file(tmp_path: Path) -> None:
 def test_what_transformers_cannot_give_is_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The variable of the same name is read once, when the hub is imported.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match=r"'hf:nobody/nothing' cannot be had.*save_pretr"):
         load_model("hf:nobody/nothing")
     folder = saved(FAMILY.tiny()["vit"](), tmp_path)

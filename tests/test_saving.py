@@ -80,6 +80,7 @@ def test_a_saved_model_comes_back_reduced_and_the_original_is_as_before(
     assert torch.equal(mergence.remove(loaded)(image), dense)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_without_mergence_the_folder_is_the_dense_model(image: Tensor, tmp_path: Path) -> None:
     model = make()
