@@ -49,18 +49,23 @@ def restore(tokens: Tensor, source_map: Tensor | None = None) -> Tensor:
     return torch.cat((tokens[:, :prefix], restored(tokens[:, prefix:], carry)), dim=1)
 
 
-def restored(tokens: Tensor, carry: Carry | None) -> Tensor:
+def restored(tokens: Tensor, carry: Carry | None, grid: tuple[int, int] | None = None) -> Tensor:
     """Restore patch tokens of any block of a forward.
 
     Args:
         tokens: `[B, N, C]` patch tokens after some block.
         carry: What was known at the end of that forward, or later than that block.
+        grid: Rows and columns of patches to fold the result into, or None.
 
     Returns:
-        `[B, patches, C]`; the same tensor where nothing had been reduced.
+        `[B, patches, C]`, the same tensor where nothing had been reduced; `[B, C, rows, columns]`
+        with a grid.
     """
     source = None if carry is None else carry.source(tokens.shape[1])
-    return tokens if source is None else _spread(tokens, source)
+    full = tokens if source is None else _spread(tokens, source)
+    if grid is None:
+        return full
+    return full.transpose(1, 2).reshape(full.shape[0], -1, *grid).contiguous()
 
 
 def _spread(tokens: Tensor, source: Tensor) -> Tensor:

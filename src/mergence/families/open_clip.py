@@ -18,19 +18,17 @@ from mergence import family as families
 from mergence.errors import UnsupportedModelError
 from mergence.families._common import (
     Reduce,
-    keep,
     linear_macs,
     mean_by_size,
     randomised,
-    reduced_forward,
     refuse_mask,
     require_class,
 )
-from mergence.families._multihead import attention, scale_of
+from mergence.families._multihead import attention, reduced_multihead
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
 from mergence.restoring import restored
-from mergence.state import Carry, Run
+from mergence.state import Run
 from mergence.step import BlockStep, Program
 
 _TRANSFORMER = "open_clip.transformer."
@@ -64,16 +62,7 @@ class ReducedBlock:
             y: Tensor = dense.forward(q_x, k_x, v_x, attn_mask)
             return y
         refuse_mask(attn_mask is not None)
-
-        def restated(x: Tensor, known: Carry, reduce: Reduce) -> Tensor:
-            return block_forward(self, x, known.bias, reduce)
-
-        def library(x: Tensor, known: Carry) -> Tensor:
-            # The library's own takes a mask for every pair of tokens only.
-            y: Tensor = dense.forward(x) if known.bias is None else restated(x, known, keep)
-            return y
-
-        return reduced_forward(self, q_x, library, restated, scale_of(self.attn))
+        return reduced_multihead(self, self.attn, q_x, dense.forward, block_forward)
 
 
 class ReducedTower:
@@ -109,10 +98,10 @@ class ReducedTower:
                 "NLC" if grid else output_fmt,
                 output_extra_tokens,
             )
-            maps: list[Any] = [restored(y, run.known()) for y in found["image_intermediates"]]
-            if grid:
-                maps = [y.unflatten(1, run.grid).permute(0, 3, 1, 2).contiguous() for y in maps]
-        found["image_intermediates"] = maps
+            carry, shape = run.known(), run.grid if grid else None
+        found["image_intermediates"] = [
+            restored(y, carry, shape) for y in found["image_intermediates"]
+        ]
         return found
 
     def _global_pool(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,15 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
+    y = attend(attn, q, k, v, bias, gate)
+    return y, q, k
+
+
+def attend(
+    attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    """What timm's attentions do from queries, keys and values `[B, H, N, D]` on, `[B, N, C]`."""
+    batch, _, tokens, _ = q.shape
     if attn.fused_attn:
         dropout = attn.attn_drop.p if attn.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
@@ -53,8 +62,8 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
         y = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ v
     y = attn.norm(y.transpose(1, 2).reshape(batch, tokens, attn.num_heads * attn.head_dim))
     y = y if gate is None else y * gate
-    y = attn.proj_drop(attn.proj(y))
-    return y, q, k
+    out: Tensor = attn.proj_drop(attn.proj(y))
+    return out
 
 
 def block_forward(block: Any, x: Tensor, bias: Tensor | None, reduce: Reduce) -> Tensor:
@@ -139,13 +148,12 @@ class ReducedModel:
                 intermediates_only,
                 **options,
             )
-            carry, shape = run.known(), run.grid
+            carry, shape = run.known(), run.grid if grid else None
 
         def full(y: Any) -> Any:
             if isinstance(y, tuple):  # with its prefix tokens
                 return full(y[0]), *y[1:]
-            y = restored(y, carry)
-            return y.unflatten(1, shape).permute(0, 3, 1, 2).contiguous() if grid else y
+            return restored(y, carry, shape)
 
         if isinstance(found, dict):
             maps = {"image_intermediates": [full(y) for y in found["image_intermediates"]]}

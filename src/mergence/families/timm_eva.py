@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergence.families._common import Reduce, reduced_forward, refuse_mask
-from mergence.families.timm import Timm
+from mergence.families.timm import Timm, attend
 from mergence.state import Carry
 from mergence.step import BlockStep
 
@@ -52,15 +52,7 @@ def attention(
         q, k = turned(q), turned(k)
     if (groups := getattr(attn, "num_kv_groups", 1)) > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if attn.fused_attn:
-        dropout = attn.attn_drop.p if attn.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    else:
-        logits = (q * attn.scale) @ k.transpose(-2, -1)
-        y = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ v
-    y = attn.norm(y.transpose(1, 2).reshape(batch, tokens, attn.num_heads * attn.head_dim))
-    y = y if gate is None else y * gate
-    return attn.proj_drop(attn.proj(y)), q, k
+    return attend(attn, q, k, v, bias, gate), q, k
 
 
 def _qkv(attn: Any, x: Tensor) -> Tensor:

@@ -13,16 +13,13 @@ from torch import Tensor, nn
 
 from mergence.families._common import (
     Reduce,
-    keep,
     linear_macs,
     randomised,
-    reduced_forward,
     require_class,
 )
-from mergence.families._multihead import attention, scale_of
+from mergence.families._multihead import attention, reduced_multihead
 from mergence.family import Family, ModelSpec
 from mergence.macs import BlockCost, ModelCost
-from mergence.state import Carry
 from mergence.step import BlockStep, Program
 
 _VIT = "torchvision.models.vision_transformer."
@@ -47,15 +44,7 @@ class ReducedBlock:
             y: Tensor = dense.forward(input)
             return y
 
-        def restated(x: Tensor, known: Carry, reduce: Reduce) -> Tensor:
-            return block_forward(self, x, known.bias, reduce)
-
-        def library(x: Tensor, known: Carry) -> Tensor:
-            # The library's own has no way in for a bias.
-            y: Tensor = dense.forward(x) if known.bias is None else restated(x, known, keep)
-            return y
-
-        return reduced_forward(self, input, library, restated, scale_of(self.self_attention))
+        return reduced_multihead(self, self.self_attention, input, dense.forward, block_forward)
 
 
 class ReducedModel:

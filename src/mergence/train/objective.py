@@ -132,4 +132,4 @@ class _ClassifierInput:
 
 
 def _cross_entropy(logits: Tensor, soft: Tensor) -> Tensor:
-    return -(soft * F.log_softmax(logits, dim=1)).sum(dim=1)
+    return F.cross_entropy(logits, soft, reduction="none")
