@@ -17,8 +17,9 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # What `pip install -e .` adds: every optional part, and the tools.
 EXTRAS := all,dev
 
-# Anything for pytest: make test PYTEST_ARGS="-n 2 -k tome"
-PYTEST_ARGS ?= -n 2
+# Anything for pytest: make test PYTEST_ARGS="-n 2 -k tome". Work is stolen, not dealt out one by one,
+# so that tests of one file share the fixtures of that file.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import os
+import pickle
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from torch import Tensor
+from torch import Tensor, nn
 
+from mergence import family
 from mergence.plan import TokenView
 
 # Derandomised: a red run can be repeated, and a green one stays green on another machine.
@@ -24,6 +29,17 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; a thread pool in each of them would only wait for the others.
     torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give tests every kind of tiny model; the fast tier has one a library."""
+    if "tiny_model" in metafunc.fixturenames:
+        kinds = [
+            pytest.param(f"{f.name}-{kind}", marks=[pytest.mark.slow] if number else [])
+            for f in family.registry().values()
+            for number, kind in enumerate(f.tiny())
+        ]
+        metafunc.parametrize("tiny_model", kinds, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +76,58 @@ def view() -> Callable[..., TokenView]:
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Callable[[str], nn.Module]:
+    """Copies of the families' tiny models, by names such as `timm-vit`."""
+
+    # From bytes and tensors a copy is made six times as fast as by deepcopy or from the start.
+    @cache
+    def frozen(name: str) -> tuple[bytes, list[Tensor]]:
+        tensors: list[Tensor] = []
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, part: object) -> int | None:
+                if not isinstance(part, Tensor):
+                    return None
+                tensors.append(part)
+                return len(tensors) - 1
+
+        library, _, kind = name.partition("-")
+        file = io.BytesIO()
+        Pickler(file).dump(family.registry()[library].tiny()[kind]())
+        return file.getvalue(), tensors
+
+    def build(name: str) -> nn.Module:
+        data, tensors = frozen(name)
+        copies = copy.deepcopy(tensors)
+
+        class Unpickler(pickle.Unpickler):
+            def persistent_load(self, index: int) -> Tensor:
+                return copies[index]
+
+        model: nn.Module = Unpickler(io.BytesIO(data)).load()
+        return model
+
+    return build
+
+
+@pytest.fixture
+def tiny_model(request: pytest.FixtureRequest, fresh: Callable[[str], nn.Module]) -> nn.Module:
+    """A tiny model of each kind of each family."""
+    return fresh(request.param)
+
+
+@pytest.fixture(scope="session")
+def attend() -> Callable[[nn.Module, str], None]:
+    """Switches a model to fused ("sdpa") or explicit ("eager") attention where it has both."""
+
+    def switch(model: nn.Module, kernel: str) -> None:
+        if hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation(kernel)
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = kernel == "sdpa"
+
+    return switch

@@ -16,12 +16,6 @@ from mergence import family
 from mergence.macs import count
 from mergence.method import names
 
-TINY = {
-    f"{f.name}-{kind}": build
-    for f in family.registry().values()
-    for kind, build in f.tiny().items()
-}
-
 
 @pytest.fixture(scope="module")
 def deit_small() -> nn.Module:
@@ -103,17 +97,14 @@ def watched_macs(model: nn.Module) -> int:
     return flops // 2
 
 
-@pytest.mark.parametrize("kind", TINY)
-def test_the_dense_count_is_what_a_counter_sees(kind: str) -> None:
-    model = TINY[kind]()
-    seen = watched_macs(model)
-    assert mergence.describe(mergence.apply(model, macs=1.0)).dense.total == seen
+def test_the_dense_count_is_what_a_counter_sees(tiny_model: nn.Module) -> None:
+    seen = watched_macs(tiny_model)
+    assert mergence.describe(mergence.apply(tiny_model, macs=1.0)).dense.total == seen
 
 
-@pytest.mark.parametrize("kind", TINY)
-def test_the_reduced_count_is_what_a_counter_sees(kind: str) -> None:
+def test_the_reduced_count_is_what_a_counter_sees(tiny_model: nn.Module) -> None:
     # random plans without multiplying, so that what is left is the model and the merge.
-    model = mergence.apply(TINY[kind](), "random", keep_rate=0.7)
+    model = mergence.apply(tiny_model, "random", keep_rate=0.7)
     seen, found = watched_macs(model), mergence.describe(model)
     cost = family.find(model).inspect(model).cost
     dim, prefix = cost.dim, cost.prefix

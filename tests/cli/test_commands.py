@@ -24,9 +24,9 @@ def run(*arguments: str | Path) -> Result:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Twenty embedded images as an image folder, two of a class."""
+    """Ten embedded images as an image folder, one of a class."""
     loaded = demo.load()
-    data = demo.images(loaded, limit=20)
+    data = demo.images(loaded, limit=10)
     for name, label in zip(data.names, data.labels or (), strict=True):
         folder = tmp_path / "val" / loaded.label(label).replace("/", "-")
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def test_eval_writes_the_documented_json(images: Path, tmp_path: Path) -> None:
     result = run(*command, "--macs", "0.67", "--recipe", recipe, "--json", out)
     assert result.exit_code == 0, result.output
     data = json.loads(out.read_text())
-    assert (data["model"], data["data"], data["images"]) == ("demo", str(images), 20)
+    assert (data["model"], data["data"], data["images"]) == ("demo", str(images), 10)
     assert data["skipped"] == []
     assert [row["name"] for row in data["results"]] == ["dense", "tome", "topk", "mine"]
     keys = {"name", "recipe", "gmacs", "macs_ratio", "top1", "top5", "agreement", "kl"}
@@ -59,7 +59,7 @@ def test_eval_names_and_skips_an_unreadable_image(images: Path, tmp_path: Path) 
     result = run("eval", "demo", "--data", images, "--macs", "0.67", "--json", out)
     assert result.exit_code == 0
     data = json.loads(out.read_text())
-    assert data["images"] == 19
+    assert data["images"] == 9
     assert [item["name"] for item in data["skipped"]] == [str(broken.relative_to(images))]
     assert broken.name in result.output
 

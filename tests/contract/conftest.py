@@ -5,10 +5,8 @@ A family's tiny models take 96 x 96 colour images.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from itertools import product
 from typing import Any
 
@@ -24,11 +22,7 @@ from mergence.outputs import answer
 
 Output = Callable[[nn.Module, Tensor], Tensor]
 Snapshot = Callable[[nn.Module], object]
-TINY = {
-    f"{f.name}-{kind}": build
-    for f in family.registry().values()
-    for kind, build in f.tiny().items()
-}
+Fresh = Callable[[str], nn.Module]
 KEEP_RATE = 0.7  # three reductions, each small enough for every method
 
 
@@ -40,7 +34,7 @@ KEEP_RATE = 0.7  # three reductions, each small enough for every method
 #   what stays, merges pairs, drops): the promises marked `full_product`.
 # The fast tier has the plain model and one model a library; all else is slow.
 PLAIN = "timm-vit"
-KINDS = list(TINY)
+KINDS = [f"{f.name}-{kind}" for f in family.registry().values() for kind in f.tiny()]
 FIRST_OF_LIBRARY = [next(k for k in KINDS if k.startswith(f"{f}-")) for f in family.registry()]
 SORTS = ("mergence", "tome", "topk")
 PAIRS = [
@@ -76,15 +70,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("dense", "method"), pairs, indirect=True)
 
 
-@cache
-def _built(name: str) -> nn.Module:
-    return TINY[name]()
-
-
 @pytest.fixture
-def dense(request: pytest.FixtureRequest) -> nn.Module:
+def dense(request: pytest.FixtureRequest, fresh: Fresh) -> nn.Module:
     """A tiny model of each kind of each family, untouched; see `pytest_generate_tests`."""
-    return copy.deepcopy(_built(request.param))
+    return fresh(request.param)
 
 
 @pytest.fixture
@@ -100,26 +89,26 @@ def reduced(dense: nn.Module, method: str) -> nn.Module:
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
-def short_reduced(request: pytest.FixtureRequest, shorten: Any) -> nn.Module:
+def short_reduced(request: pytest.FixtureRequest, fresh: Fresh, shorten: Any) -> nn.Module:
     """Each kind of model with one of the methods, and all methods among them, two blocks deep."""
-    return _short(*request.param, shorten)
+    return _short(*request.param, fresh, shorten)
 
 
 # Export takes ten seconds: a part of the pairs, with models of every library in it.
 @pytest.fixture(params=PAIRS[::3], ids="-".join)
-def exportable(request: pytest.FixtureRequest, shorten: Any) -> nn.Module:
+def exportable(request: pytest.FixtureRequest, fresh: Fresh, shorten: Any) -> nn.Module:
     """Every third of the short models."""
-    return _short(*request.param, shorten)
+    return _short(*request.param, fresh, shorten)
 
 
-def _short(kind: str, method: str, shorten: Any) -> nn.Module:
-    return mergence.apply(shorten(copy.deepcopy(_built(kind)), 2), method, keep_rate=KEEP_RATE)
+def _short(kind: str, method: str, fresh: Fresh, shorten: Any) -> nn.Module:
+    return mergence.apply(shorten(fresh(kind), 2), method, keep_rate=KEEP_RATE)
 
 
 @pytest.fixture
-def vit() -> nn.Module:
+def vit(fresh: Fresh) -> nn.Module:
     """One plain tiny model, where the kind of model makes no difference."""
-    return copy.deepcopy(_built(PLAIN))
+    return fresh(PLAIN)
 
 
 @pytest.fixture
@@ -158,20 +147,6 @@ def output() -> Output:
             return answer(model(image))
 
     return run
-
-
-@pytest.fixture(scope="session")
-def attend() -> Callable[[nn.Module, str], None]:
-    """Switches a model to fused ("sdpa") or explicit ("eager") attention where it has both."""
-
-    def switch(model: nn.Module, kernel: str) -> None:
-        if hasattr(model, "set_attn_implementation"):
-            model.set_attn_implementation(kernel)
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = kernel == "sdpa"
-
-    return switch
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,14 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("method", names())
+# One method of each sort in the fast tier: tracing is slow.
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[] if name in ("mergence", "tome", "topk") else pytest.mark.slow)
+        for name in names()
+    ],
+)
 def test_planning_and_merging_compile_in_one_graph(method: str, view: Any) -> None:
     tokens = view(
         torch.randn(2, 9, 4),

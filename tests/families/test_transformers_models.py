@@ -29,27 +29,6 @@ def tiny(kind: str) -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", ["mergence", "tome"])
-@pytest.mark.parametrize("kind", [k for k in FAMILY.tiny() if k != "dinov3"])  # turned by place
-def test_merging_equal_patches_changes_nothing(kind: str, method: str, kernel: str) -> None:
-    model = tiny(kind).double()
-    model.set_attn_implementation(kernel)
-    for name, parameter in model.named_parameters():
-        if "position_embedding" in name:
-            nn.init.zeros_(parameter)
-    image = torch.randn(2, 3, 16, 16, dtype=torch.float64).repeat(1, 1, 6, 6)
-    expected = answer(model(image))
-    mergence.apply(model, method, keep_rate=0.6, size_attention=True)
-    # Sizes and weights are float32.
-    torch.testing.assert_close(answer(model(image)), expected, rtol=1e-5, atol=1e-5)
-    mergence.apply(model, method, keep_rate=0.6, size_attention=False)
-    # Or there would be nothing to see: a merged token now draws too little attention.
-    if mergence.describe(model).prefix:
-        assert not torch.allclose(answer(model(image)), expected, rtol=1e-3, atol=1e-3)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("kind", ["dinov2", "dinov2_reg", "clip_classifier", "siglip_classifier"])
 def test_classifiers_average_by_size_and_towers_in_them_stay_plain(
     kind: str, image: Tensor

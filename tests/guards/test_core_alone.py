@@ -21,6 +21,8 @@ from packaging.utils import canonicalize_name
 from mergence.family import registry as families
 from mergence.method import registry as methods
 
+pytestmark = pytest.mark.slow  # fresh processes, which import torch and much else
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 

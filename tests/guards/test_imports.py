@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -61,22 +61,24 @@ def part_of(file: Path) -> str:
     return file.relative_to(SRC).parts[0].removesuffix(".py")
 
 
+@cache
 def files() -> list[Path]:
     return sorted(SRC.rglob("*.py"))
 
 
-def imported(file: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
+@cache
+def imported(file: Path) -> list[tuple[int, tuple[str, ...]]]:
     """Every import of a file as (line, absolute dotted name), relative ones resolved."""
     package = ("mergence", *file.relative_to(SRC).parts[:-1])
+    found: list[tuple[int, tuple[str, ...]]] = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), str(file))):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, tuple(alias.name.split("."))
+            found += [(node.lineno, tuple(alias.name.split("."))) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else ()
             base += tuple(node.module.split(".")) if node.module else ()
-            for alias in node.names:
-                yield node.lineno, (*base, alias.name)
+            found += [(node.lineno, (*base, alias.name)) for alias in node.names]
+    return found
 
 
 def ours(name: tuple[str, ...]) -> str | None:
@@ -87,18 +89,21 @@ def ours(name: tuple[str, ...]) -> str | None:
     return name[1] if len(name) > 1 and name[1] in parts() else "__init__"
 
 
+@cache
 def parts() -> set[str]:
     return {part_of(file) for file in files()} | RANK.keys()
 
 
-def uses() -> Iterator[tuple[str, str, str]]:
+def uses() -> list[tuple[str, str, str]]:
     """Every import of one part by another: (where, importing part, imported part)."""
+    found = []
     for file in files():
+        part = part_of(file)
         for line, name in imported(file):
             target = ours(name)
-            part = part_of(file)
             if target not in (None, part) and (part, target) not in DISCOVERY:
-                yield f"{file.relative_to(SRC.parents[1])}:{line}", part, target
+                found.append((f"{file.relative_to(SRC.parents[1])}:{line}", part, str(target)))
+    return found
 
 
 def test_every_part_has_a_layer() -> None:

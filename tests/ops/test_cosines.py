@@ -70,8 +70,8 @@ def test_the_kernel_agrees_with_the_reference_on_many_tokens(place: torch.device
 def test_ties_are_broken_alike_everywhere(
     implementation: object, dtype: torch.dtype, kinds: int, levels: int, place: torch.device
 ) -> None:
-    x = exact((2, 71, 130), kinds, place).to(dtype)
-    score = torch.randint(0, levels, (2, 71)).float().to(place)
+    x = exact((1, 71, 66), kinds, place).to(dtype)  # a little over one block and one step
+    score = torch.randint(0, levels, (1, 71)).float().to(place)
     agree(implementation, x, score, close=0.0)
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import mergence
-from mergence import family
 from mergence.errors import OptionError, ScheduleError
 from mergence.outputs import answer
 from mergence.recipe import make
@@ -130,16 +129,10 @@ def test_recipes_must_agree_on_the_place_of_a_learned_module(model: nn.Module) -
         Reducer(model, fused)
 
 
-KINDS = {
-    f"{f.name}-{kind}": build
-    for f in family.registry().values()
-    for kind, build in f.tiny().items()
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_models_of_every_family_change_their_reduction(kind: str, image: torch.Tensor) -> None:
-    model = KINDS[kind]().eval()
+def test_models_of_every_family_change_their_reduction(
+    tiny_model: nn.Module, image: torch.Tensor
+) -> None:
+    model = tiny_model
     dense = answer(model(image))
     with mergence.applied(model, "mergence", keep_rate=0.7):
         expected = answer(model(image))

@@ -64,8 +64,11 @@ def tars(samples: list[tuple[str, bytes, int]], tmp_path: Path) -> Path:
     return tmp_path / "tars"
 
 
-@pytest.fixture
-def parquet(samples: list[tuple[str, bytes, int]], tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def parquet(
+    samples: list[tuple[str, bytes, int]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("parquet")
     names = datasets.ClassLabel(names=demo.load().label_names)
     features = datasets.Features({"picture": datasets.Image(), "kind": names})
     columns = {
@@ -73,11 +76,9 @@ def parquet(samples: list[tuple[str, bytes, int]], tmp_path: Path) -> Path:
         "kind": [label for *_, label in samples],
     }
     whole = datasets.Dataset.from_dict(columns, features=features)
-    (tmp_path / "parquet").mkdir()
     for number in range(3):
-        part = whole.shard(3, number)
-        part.to_parquet(tmp_path / "parquet" / f"train-{number}.parquet")
-    return tmp_path / "parquet"
+        whole.shard(3, number).to_parquet(folder / f"train-{number}.parquet")
+    return folder
 
 
 def noise(image: Image.Image) -> Tensor:

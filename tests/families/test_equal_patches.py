@@ -1,0 +1,54 @@
+"""Patches that are all alike can merge at no loss at all: the reduced model must equal the dense.
+
+This goes through everything at once: the merge, the sizes, size attention and pooling by size.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mergence
+from mergence import family
+from mergence.outputs import answer
+
+ROTARY = ("timm_eva", "transformers-dinov3")  # they turn equal patches apart, by place
+ONE_KERNEL = ("open_clip", "torchvision")
+FAST = {f"{f.name}-{next(iter(f.tiny()))}" for f in family.registry().values()}
+CASES = [
+    pytest.param(kind, kernel, marks=[] if kind in FAST else pytest.mark.slow)
+    for kind in (f"{f.name}-{kind}" for f in family.registry().values() for kind in f.tiny())
+    for kernel in (("sdpa",) if kind.startswith(ONE_KERNEL) else ("sdpa", "eager"))
+    if not kind.startswith(ROTARY)
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "kernel"), CASES)
+def test_merging_equal_patches_changes_nothing(
+    kind: str, kernel: str, fresh: Any, attend: Any
+) -> None:
+    model: nn.Module = fresh(kind).double()
+    attend(model, kernel)
+    for name, parameter in model.named_parameters():
+        if re.search("pos(ition(al)?)?_embed", name):
+            nn.init.zeros_(parameter)
+    image = torch.randn(2, 3, 16, 16, dtype=torch.float64).repeat(1, 1, 6, 6)
+    expected = answer(model(image))
+
+    def reduced(method: str, *, size_attention: bool) -> Tensor:
+        mergence.apply(model, method, keep_rate=0.6, size_attention=size_attention)
+        return answer(model(image))
+
+    for method in ("mergence", "mstm", "tome", "evit"):
+        found = reduced(method, size_attention=True)
+        # Sizes and weights are float32.
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        found = reduced(method, size_attention=False)
+        # Or there would be nothing to see: a merged token now draws too little attention.
+        if mergence.describe(model).prefix:
+            assert not torch.allclose(found, expected, rtol=1e-3, atol=1e-4), method
