@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import mergence
 from mergence import demo
 from mergence.data import Batch, Skipped, loader
+from mergence.distances import kl_divergence
 from mergence.errors import DataError
 from mergence.evaluation import _Tally, evaluate
 from mergence.recipe import make
@@ -83,6 +85,34 @@ def test_evaluation_leaves_a_reduced_model_as_it_was(embedded: nn.Module) -> Non
         assert mergence.recipe_of(embedded).method.name == "tome"
     finally:
         mergence.remove(embedded)
+
+
+def test_schedules_are_solved_once_and_each_run_has_what_the_model_has_learned(
+    monkeypatch: pytest.MonkeyPatch, fresh: Any
+) -> None:
+    model = mergence.apply(fresh("timm-vit"), "mstm", keep_rate=0.6, fusion=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mergence." in name:
+                parameter.add_(0.3)
+    solved = []
+
+    def counting(model: nn.Module, recipe: mergence.Recipe) -> nn.Module:
+        solved.append(recipe.method.name)
+        return mergence.apply(model, recipe)
+
+    monkeypatch.setattr("mergence.evaluation.apply", counting)
+    three = [batch for _ in range(3) for batch in batches(torch.randn(2, 3, 96, 96), None)]
+    recipes = {"other": make("tome", keep_rate=0.6), "own": mergence.recipe_of(model)}
+    dense, _, own = evaluate(model, three, recipes).results
+    assert solved == ["tome", "mstm"]
+    assert dense.kl == 0
+    with torch.inference_mode():
+        images = torch.cat([batch.images for batch in three])
+        with mergence.disabled(model):
+            whole = model(images)
+        expected = kl_divergence(whole, model(images)).mean()
+    assert own.kl == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.slow

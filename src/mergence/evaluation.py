@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergence import family
-from mergence.api import applied, describe, disabled
+from mergence import family, surgery
+from mergence.api import apply, describe, remove
 from mergence.data import Batch, Skipped
 from mergence.devices import synchronise, warn_of_slow_type
 from mergence.distances import kl_divergence
@@ -73,6 +73,15 @@ class Evaluation:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Path:
+    """One way to run the model: what makes it take it, and what it costs."""
+
+    take: Callable[[], None]
+    gmacs: float
+    macs_ratio: float
+
+
 @dataclass
 class _Tally:
     """Sums over the images of one reduction."""
@@ -127,30 +136,36 @@ def evaluate(
     warn_of_slow_type(torch.device(device), dtype)
     model = model.to(device=device, dtype=dtype).eval()
     runs: dict[str, Recipe | None] = {DENSE: None, **recipes}
-    costs = {name: _cost(model, recipe) for name, recipe in runs.items()}
     tallies = {name: _Tally() for name in runs}
     images, labelled = 0, False
     skipped: list[Skipped] = []
-    for batch in batches:
-        skipped += batch.skipped
-        if batch:
-            if images == 0:  # a warm-up, so that no run pays for being the first
-                model(batch.images.to(device=device, dtype=dtype))
-            images += len(batch)
-            labelled = labelled or batch.labels is not None
-            _run_batch(model, batch, runs, tallies, device, dtype)
-        progress(len(batch) + len(batch.skipped))
+    back = surgery.bookmark(model)
+    try:
+        paths: dict[str, _Path] = {}
+        for name, recipe in runs.items():
+            back()  # each starts from the model as it was, with what that has learned
+            paths[name] = _path(model, recipe)
+        for batch in batches:
+            skipped += batch.skipped
+            if batch:
+                if images == 0:  # a warm-up, so that no run pays for being the first
+                    model(batch.images.to(device=device, dtype=dtype))
+                images += len(batch)
+                labelled = labelled or batch.labels is not None
+                _run_batch(model, batch, paths, tallies, device, dtype)
+            progress(len(batch) + len(batch.skipped))
+    finally:
+        back()
     if images == 0:
         raise DataError(f"None of the {len(skipped)} images could be read. First: {skipped[:1]}.")
 
     def result(name: str, recipe: Recipe | None) -> Result:
         tally = tallies[name]
-        gmacs, ratio = costs[name]
         return Result(
             name=name,
             recipe=None if recipe is None else recipe.to_dict(),
-            gmacs=gmacs,
-            macs_ratio=ratio,
+            gmacs=paths[name].gmacs,
+            macs_ratio=paths[name].macs_ratio,
             top1=100 * tally.top1 / images if labelled else None,
             top5=100 * tally.top5 / images if labelled else None,
             agreement=100 * tally.agreement / images,
@@ -180,7 +195,7 @@ def classes_of(model: nn.Module) -> int:
 def _run_batch(
     model: nn.Module,
     batch: Batch,
-    runs: Mapping[str, Recipe | None],
+    paths: Mapping[str, _Path],
     tallies: Mapping[str, _Tally],
     device: str | torch.device,
     dtype: torch.dtype,
@@ -188,22 +203,22 @@ def _run_batch(
     images = batch.images.to(device=device, dtype=dtype)
     labels = None if batch.labels is None else batch.labels.to(device)
     dense = None
-    for name, recipe in runs.items():
-        with disabled(model) if recipe is None else applied(model, recipe):
-            synchronise(images.device)
-            start = time.perf_counter()
-            logits = model(images)
-            synchronise(images.device)
-            tallies[name].seconds += time.perf_counter() - start
+    for name, path in paths.items():
+        path.take()
+        synchronise(images.device)
+        start = time.perf_counter()
+        logits = model(images)
+        synchronise(images.device)
+        tallies[name].seconds += time.perf_counter() - start
         logits = answer(logits).float()
         dense = logits if dense is None else dense
         tallies[name].add(logits, dense, labels)
 
 
-def _cost(model: nn.Module, recipe: Recipe | None) -> tuple[float, float]:
+def _path(model: nn.Module, recipe: Recipe | None) -> _Path:
+    """Reduce a model, or make it dense, and remember what it is then: schedules are solved once."""
     if recipe is None:
-        spec = family.find(model).inspect(model)
-        return count(spec.cost, spec.patches).total / 1e9, 1.0
-    with applied(model, recipe):
-        description = describe(model)
-    return description.reduced.total / 1e9, description.macs_ratio
+        spec = family.find(remove(model)).inspect(model)
+        return _Path(surgery.bookmark(model), count(spec.cost, spec.patches).total / 1e9, 1.0)
+    found = describe(apply(model, recipe))
+    return _Path(surgery.bookmark(model), found.reduced.total / 1e9, found.macs_ratio)

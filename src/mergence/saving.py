@@ -91,8 +91,18 @@ def load(folder: str | Path) -> nn.Module:
             f"'{folder}' has no {RECIPE}: mergence.save did not write it. Load the model with its "
             "own library and call mergence.apply."
         )
-    recipe = Recipe.load(folder / RECIPE)
-    model = apply(_load_dense(folder), recipe)
+    return reduce_as_saved(_load_dense(folder), folder)
+
+
+def reduce_as_saved(model: nn.Module, folder: Path) -> nn.Module:
+    """Apply the recipe of a folder to the model that was loaded from it, what was learned included.
+
+    Raises:
+        RecipeError: The recipe cannot be read.
+        CheckpointError: What was learned is missing, damaged or does not fit.
+        MergenceError: The recipe does not fit the model.
+    """
+    apply(model, Recipe.load(folder / RECIPE))
     _load_learned(model, folder / LEARNED_WEIGHTS)
     return model
 

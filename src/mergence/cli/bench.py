@@ -38,19 +38,18 @@ def bench(
 ) -> None:
     """Time methods against the dense model, interleaved, and say whether they pay here."""
     check_json(json)
-    recipes = o.recipes_of(method, recipe, macs, keep_rate, set_)
+    recipes = o.recipes_of(method, recipe, macs, keep_rate, set_, o.saved_in(model))
     dtypes = [o.dtype_of(name) for name in _parts(dtype)]
     place, batches = o.device_of(device), [_batch(size) for size in _parts(batch_size)]
     modes = _parts(mode)
     import torch
 
     from mergence import benchmark
-    from mergence.models import load_model
 
     torch.manual_seed(seed)
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded = load_model(model)
+    loaded = o.load(model)
     with progress("timing", len(dtypes) * len(modes) * len(batches)) as advance:
         result = benchmark.bench(
             loaded.model,

@@ -31,13 +31,12 @@ def evaluate(
 ) -> None:
     """Measure accuracy, MACs and closeness to the dense model, for any number of methods."""
     check_json(json)
-    recipes = o.recipes_of(method, recipe, macs, keep_rate, set_)
+    recipes = o.recipes_of(method, recipe, macs, keep_rate, set_, o.saved_in(model, checkpoint))
     type_, place = o.dtype_of(dtype), o.device_of(device)
     from mergence import evaluation
     from mergence.data import loader, open_images
-    from mergence.models import load_model
 
-    loaded = load_model(model, checkpoint=checkpoint)
+    loaded = o.load(model, checkpoint)
     images = open_images(
         data,
         transform=loaded.transform,

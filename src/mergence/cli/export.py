@@ -27,8 +27,8 @@ def export(
             help="onnx, pt2 (torch.export) or aoti (AOTInductor). By the suffix if unset."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="A method's name.")] = "mergence",
-    recipe: Annotated[Path | None, typer.Option(help="A recipe file instead.")] = None,
+    method: o.OneMethod = None,
+    recipe: o.OneRecipe = None,
     macs: o.Macs = None,
     keep_rate: o.KeepRate = None,
     set_: o.Set = None,
@@ -48,16 +48,14 @@ def export(
 ) -> None:
     """Write a reduced model as ONNX, torch.export or AOTInductor, checked before it is kept."""
     check_json(json)
-    methods, recipes = ([method], []) if recipe is None else ([], [recipe])
-    (chosen,) = o.recipes_of(methods, recipes, macs, keep_rate, set_).values()
+    chosen = o.recipe_of(method, recipe, macs, keep_rate, set_, o.saved_in(model, checkpoint))
     from mergence.api import apply
     from mergence.data import loader, open_images
     from mergence.exporting import checked
     from mergence.exporting import speed as timing
-    from mergence.models import load_model
 
     kind, _ = checked.format_of(out, to)
-    loaded = load_model(model, checkpoint=checkpoint)
+    loaded = o.load(model, checkpoint)
     apply(loaded.model, chosen)
     source = open_images(
         data, transform=loaded.transform, mode=loaded.mode, limit=images, seed=seed

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from mergence.method import Method
+    from mergence.models import LoadedModel
     from mergence.recipe import Recipe
 
 Model = Annotated[
@@ -31,6 +32,10 @@ Methods = Annotated[
 Recipes = Annotated[
     list[Path] | None, typer.Option("--recipe", help="A recipe file. May be given several times.")
 ]
+OneMethod = Annotated[
+    str | None, typer.Option("--method", help="A method's name; mergence if unset.")
+]
+OneRecipe = Annotated[Path | None, typer.Option("--recipe", help="A recipe file instead.")]
 Macs = Annotated[
     float | None, typer.Option(help="Share of the dense MACs to keep, for example 0.67.")
 ]
@@ -96,6 +101,33 @@ def dtype_of(name: str) -> torch.dtype:
     return types[name]
 
 
+def saved_in(model: str, checkpoint: Path | None = None) -> Path | None:
+    """The folder that a MODEL names, where `mergence.save` or `mergence train` wrote it.
+
+    With a `--checkpoint` the weights are others, and the folder is an architecture only.
+    """
+    from mergence.saving import RECIPE
+
+    source, _, name = model.partition(":")
+    folder = Path(name).expanduser()
+    as_saved = checkpoint is None and source in ("local-dir", "hf")
+    return folder if as_saved and (folder / RECIPE).is_file() else None
+
+
+def load(model: str, checkpoint: Path | None = None) -> LoadedModel:
+    """Load a MODEL, and reduce it as it was saved where a recipe lies beside it.
+
+    What its method has learned is then there, for every recipe that has a place for it.
+    """
+    from mergence.models import load_model
+    from mergence.saving import reduce_as_saved
+
+    loaded = load_model(model, checkpoint=checkpoint)
+    if (folder := saved_in(model, checkpoint)) is not None:
+        reduce_as_saved(loaded.model, folder)
+    return loaded
+
+
 def method_of(name: str, settings: Sequence[str] | None) -> Method:
     """Turn a `--method` and its `--set` into a method.
 
@@ -114,15 +146,23 @@ def recipes_of(
     macs: float | None,
     keep_rate: float | None,
     settings: Sequence[str] | None,
+    saved: Path | None,
 ) -> dict[str, Recipe]:
-    """Turn the reduction options into recipes by name; the default method where none is named.
+    """Turn the reduction options into recipes by name.
+
+    Where no method is named, it is the default one; where nothing is asked for at all, the recipe
+    that was saved with the model.
 
     Raises:
         OptionError: The options contradict each other.
     """
-    from mergence.recipe import make
+    from mergence.recipe import Recipe, make
+    from mergence.saving import RECIPE
 
     options = settings_of(settings)
+    if saved and not (methods or files or options) and macs is None and keep_rate is None:
+        own = Recipe.load(saved / RECIPE)
+        return {own.method.name: own}
     recipes: dict[str, Recipe] = {}
     if not files or methods:
         for method in methods or ["mergence"]:
@@ -139,6 +179,26 @@ def recipes_of(
             )
         recipes[file.stem] = make(file)
     return recipes
+
+
+def recipe_of(
+    method: str | None,
+    file: Path | None,
+    macs: float | None,
+    keep_rate: float | None,
+    settings: Sequence[str] | None,
+    saved: Path | None,
+) -> Recipe:
+    """Turn the reduction options of a command that takes one recipe into it; see `recipes_of`.
+
+    Raises:
+        OptionError: The options contradict each other.
+    """
+    if method and file:
+        raise OptionError("--method and --recipe each say how to reduce. Give only one of them.")
+    methods, files = [method] if method else [], [file] if file else []
+    (recipe,) = recipes_of(methods, files, macs, keep_rate, settings, saved).values()
+    return recipe
 
 
 def settings_of(settings: Sequence[str] | None) -> dict[str, Any]:

@@ -16,8 +16,8 @@ def visualize(
     model: o.Model,
     image: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     out: Annotated[Path, typer.Option(help="The picture to write: .png, .pdf or .svg.")],
-    method: Annotated[str, typer.Option(help="A method's name.")] = "mergence",
-    recipe: Annotated[Path | None, typer.Option(help="A recipe file instead.")] = None,
+    method: o.OneMethod = None,
+    recipe: o.OneRecipe = None,
     macs: o.Macs = None,
     keep_rate: o.KeepRate = None,
     set_: o.Set = None,
@@ -28,18 +28,15 @@ def visualize(
     check_json(json)
     from mergence import visualize
     from mergence.data import image_files, loader
-    from mergence.models import load_model
 
     visualize.check_path(out)
-    methods, recipes = ([method], []) if recipe is None else ([], [recipe])
-    chosen = o.recipes_of(methods, recipes, macs, keep_rate, set_)
-    loaded = load_model(model, checkpoint=checkpoint)
+    plan = o.recipe_of(method, recipe, macs, keep_rate, set_, o.saved_in(model, checkpoint))
+    loaded = o.load(model, checkpoint)
     files = image_files(image, transform=loaded.transform, mode=loaded.mode)
     (batch,) = loader(files, batch_size=len(files))
     skipped(batch.skipped)
     if not batch:
         raise DataError(f"None of the {len(image)} images could be read.")
-    (plan,) = chosen.values()
     titles = [Path(name).name for name in batch.names]
     visualize.save(visualize.explain(loaded, batch.images, plan, titles), out)
     console.print(f"Wrote {out}", highlight=False)
