@@ -210,7 +210,7 @@ def test_saves_what_the_suffix_says(tmp_path: Path, name: str, start: bytes) -> 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("a.gif", r"\.png, \.pdf, \.svg"), ("a", "suffix"), ("no/a.png", "does not exist")],
+    [("a.gif", r"\.png, \.pdf, \.svg"), ("a", "suffix"), ("no/a.png", "there is no folder")],
 )
 def test_refuses_paths_it_cannot_write(tmp_path: Path, name: str, words: str) -> None:
     with pytest.raises(OptionError, match=words):

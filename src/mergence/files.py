@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from mergence.errors import OptionError
+
+
+def check_target(path: Path, what: str) -> None:
+    """Refuse a file that could not be written when the work for it is done.
+
+    Args:
+        path: The file.
+        what: What to call it in the error: the option that names it.
+
+    Raises:
+        OptionError: Its folder is missing or may not be written to, or it is a folder itself.
+    """
+    path = path.absolute()
+    if not path.parent.is_dir():
+        raise OptionError(f"{what}: there is no folder '{path.parent}'. Make it.")
+    if path.is_dir():
+        raise OptionError(f"{what}: '{path}' is a folder. Name a file.")
+    place = path if path.exists() else path.parent
+    if not os.access(place, os.W_OK):
+        raise OptionError(
+            f"{what}: '{place}' may not be written to. Name another place, or correct its rights."
+        )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import random
+import stat
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ASSETS = Path(__file__).parent / "assets"
+LARGEST = 1 << 29
+"""Bytes that an encoded image may have: more than any, and no harm to memory."""
 FASHION_MNIST_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -39,13 +42,22 @@ class Folder:
     root: Path
 
     def names(self) -> list[str]:
+        found = []
         # Class folders are often links to one shared copy, which pathlib's own walks do not follow.
-        walk = os.walk(self.root, followlinks=True)
-        files = (Path(folder, file) for folder, _, files in walk for file in files)
-        return [file.relative_to(self.root).as_posix() for file in files]
+        for folder, folders, files in os.walk(self.root, onerror=_stop, followlinks=True):
+            # A link to a folder that it lies in would be followed for ever.
+            around = {os.path.realpath(folder), *map(str, Path(os.path.realpath(folder)).parents)}
+            folders[:] = [f for f in folders if os.path.realpath(Path(folder, f)) not in around]
+            found += [Path(folder, file).relative_to(self.root).as_posix() for file in files]
+        return found
 
     def open(self, name: str) -> Image:
-        return decode((self.root / name).read_bytes())
+        path = self.root / name
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for
+            raise OSError("it is no regular file")
+        _check_size(about.st_size)
+        return decode(path.read_bytes())
 
 
 @dataclass
@@ -76,6 +88,7 @@ class Zip:
 
     def open(self, name: str) -> Image:
         try:
+            _check_size(self._archive().getinfo(name).file_size)  # zipfile unpacks no more
             return decode(self._archive().read(name))
         except RuntimeError as error:  # how zipfile reports encryption and unknown compression
             raise zipfile.BadZipFile(str(error)) from error
@@ -130,10 +143,29 @@ class Synthetic:
 
 
 def decode(encoded: bytes) -> Image:
-    """An image that knows its format and size and is read on demand."""
+    """An image that knows its format and size and is read on demand.
+
+    Raises:
+        OSError: It is none, or one of a format that other programs are run for.
+    """
     from PIL import Image
 
-    return Image.open(io.BytesIO(encoded))
+    image = Image.open(io.BytesIO(encoded))
+    if image.format in ("EPS", "WMF"):  # whatever its name ends in
+        raise OSError(f"it is a program that draws ({image.format}), and is not run")
+    return image
+
+
+def _check_size(size: int) -> None:
+    if size > LARGEST:
+        raise OSError(f"it has {size:,} bytes; an image may have {LARGEST:,}")
+
+
+def _stop(error: OSError) -> None:
+    raise DataError(
+        f"'{error.filename}' cannot be read ({error.strerror}), so images would be missing. "
+        "Correct its rights, or pass a folder without it."
+    ) from error
 
 
 def open_source(path: str | Path) -> Source:

@@ -15,6 +15,7 @@ from torch import Tensor
 from mergence import family
 from mergence.api import applied, disabled
 from mergence.errors import DataError, MissingExtraError, OptionError
+from mergence.files import check_target
 from mergence.outputs import answer
 from mergence.regions import crucial_only, region_borders, region_colours, spread, stray_links
 from mergence.tracing import trace
@@ -45,8 +46,7 @@ def check_path(path: str | Path) -> Path:
             f"A picture cannot be saved as '{path.name}': the suffix is '{path.suffix}'. "
             f"Use one of {', '.join(SUFFIXES)}."
         )
-    if not path.parent.is_dir():
-        raise OptionError(f"The folder '{path.parent}' of '{path.name}' does not exist. Create it.")
+    check_target(path, str(path))
     return path
 
 

@@ -127,7 +127,7 @@ def test_arguments_are_checked_before_any_work(tmp_path: Path) -> None:
     model, file = Sum().eval(), tmp_path / "m.onnx"
     for arguments, message in [
         ((model, tmp_path / "m.zip", IMAGES), r"m\.zip' names no format.*onnx, pt2, aoti"),
-        ((model, tmp_path / "no" / "m.onnx", IMAGES), "There is no folder"),
+        ((model, tmp_path / "no" / "m.onnx", IMAGES), "there is no folder"),
         ((Sum(), file, IMAGES), r"model\.eval"),
         ((model, file, IMAGES[:1]), "at least 2"),
         ((model, file, IMAGES[0]), r"\[3, 2, 2\]; give \[B, C, H, W\]"),

@@ -13,6 +13,7 @@ from rich.table import Table
 from mergence.cli import options as o
 from mergence.cli.output import check_json, console, progress, skipped, write_json
 from mergence.errors import OptionError
+from mergence.files import check_target
 
 if TYPE_CHECKING:
     from mergence.calibration import Calibration
@@ -59,8 +60,7 @@ def calibrate(
     """Find the recipe that changes a model's answers least, from images without labels."""
     check_json(json)
     shares = _shares(macs, latency, budgets)
-    if not out.absolute().parent.is_dir():
-        raise OptionError(f"--out {out}: there is no folder '{out.absolute().parent}'. Make it.")
+    check_target(out, f"--out {out}")
     chosen, type_, place = o.method_of(method, set_), o.dtype_of(dtype), o.device_of(device)
     from mergence.calibration import calibrate
     from mergence.data import loader, open_images

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mergence.errors import OptionError
+from mergence.files import check_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,10 +25,18 @@ console = Console()
 errors = Console(stderr=True)
 
 
+def printable(text: str) -> str:
+    """The text, with what a terminal would obey or cannot show written as escapes.
+
+    Names of files and archive members can hold anything, bytes of no encoding included.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def error(text: str) -> None:
     """Print an error to the standard error stream."""
     errors.print("[bold red]Error:[/] ", end="")
-    errors.print(text, markup=False, highlight=False)
+    errors.print(printable(text), markup=False, highlight=False)
 
 
 def warning(
@@ -41,7 +49,7 @@ def warning(
 ) -> None:
     """Print a warning; stands in for `warnings.showwarning`."""
     errors.print("[bold yellow]Note:[/] ", end="")
-    errors.print(str(message), markup=False, highlight=False)
+    errors.print(printable(str(message)), markup=False, highlight=False)
 
 
 @contextmanager
@@ -57,10 +65,10 @@ def check_json(path: Path | None) -> None:
     """Check before long work that the JSON file can be written.
 
     Raises:
-        OptionError: Its folder does not exist.
+        OptionError: It cannot.
     """
-    if path is not None and not path.absolute().parent.is_dir():
-        raise OptionError(f"--json {path}: there is no folder '{path.absolute().parent}'. Make it.")
+    if path is not None:
+        check_target(path, f"--json {path}")
 
 
 def write_json(path: Path | None, data: Mapping[str, Any]) -> None:
@@ -110,7 +118,7 @@ def skipped_names(images: Mapping[str, str]) -> None:
     if images:
         console.print(f"Skipped {len(images)} unreadable images:", style="yellow")
     for name, reason in list(images.items())[:10]:
-        console.print(f"  {name}: {reason}", markup=False, highlight=False)
+        console.print(printable(f"  {name}: {reason}"), markup=False, highlight=False)
     if len(images) > 10:
         console.print(f"  and {len(images) - 10} more; --json lists all")
 

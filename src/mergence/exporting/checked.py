@@ -13,7 +13,7 @@ from mergence.errors import OptionError
 from mergence.exporting import agreement, graph
 from mergence.exporting.agreement import Agreement
 from mergence.exporting.formats import FORMATS, Format
-from mergence.files import staged
+from mergence.files import check_target, staged
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,5 @@ def format_of(path: Path, to: str | None) -> tuple[str, Format]:
     form = FORMATS[name]
     if path.suffix != form.suffix:
         raise OptionError(f"A file of the format {name} ends in {form.suffix}; '{path}' does not.")
-    if not path.absolute().parent.is_dir():
-        raise OptionError(f"There is no folder '{path.absolute().parent}'. Make it first.")
+    check_target(path, str(path))
     return name, form
