@@ -6,8 +6,7 @@ import copy
 import io
 import os
 import pickle
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import pytest
@@ -79,12 +78,13 @@ def view() -> Callable[..., TokenView]:
 
 
 @pytest.fixture(scope="session")
-def fresh() -> Callable[[str], nn.Module]:
-    """Copies of the families' tiny models, by names such as `timm-vit`."""
+def replica() -> Callable[[Hashable, Callable[[], nn.Module]], nn.Module]:
+    """Copies of the module that a function builds, which is called once for each key."""
 
     # From bytes and tensors a copy is made six times as fast as by deepcopy or from the start.
-    @cache
-    def frozen(name: str) -> tuple[bytes, list[Tensor]]:
+    frozen: dict[Hashable, tuple[bytes, list[Tensor]]] = {}
+
+    def freeze(module: nn.Module) -> tuple[bytes, list[Tensor]]:
         tensors: list[Tensor] = []
 
         class Pickler(pickle.Pickler):
@@ -94,20 +94,33 @@ def fresh() -> Callable[[str], nn.Module]:
                 tensors.append(part)
                 return len(tensors) - 1
 
-        library, _, kind = name.partition("-")
         file = io.BytesIO()
-        Pickler(file).dump(family.registry()[library].tiny()[kind]())
+        Pickler(file).dump(module)
         return file.getvalue(), tensors
 
-    def build(name: str) -> nn.Module:
-        data, tensors = frozen(name)
+    def build(key: Hashable, first: Callable[[], nn.Module]) -> nn.Module:
+        if key not in frozen:
+            frozen[key] = freeze(first())
+        data, tensors = frozen[key]
         copies = copy.deepcopy(tensors)
 
         class Unpickler(pickle.Unpickler):
             def persistent_load(self, index: int) -> Tensor:
                 return copies[index]
 
-        model: nn.Module = Unpickler(io.BytesIO(data)).load()
+        module: nn.Module = Unpickler(io.BytesIO(data)).load()
+        return module
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def fresh(replica: Any) -> Callable[[str], nn.Module]:
+    """Copies of the families' tiny models, by names such as `timm-vit`."""
+
+    def build(name: str) -> nn.Module:
+        library, _, kind = name.partition("-")
+        model: nn.Module = replica(name, family.registry()[library].tiny()[kind])
         return model
 
     return build

@@ -14,10 +14,10 @@ SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2, "img_size": 64, "patch_siz
 
 
 @pytest.fixture(scope="session")
-def small() -> Callable[..., Any]:
+def small(replica: Any) -> Callable[..., Any]:
     """Builds a small timm model in float64, where only real differences show."""
 
-    def build(name: str = "vit_tiny_patch16_224", **options: Any) -> nn.Module:
+    def build(name: str, options: dict[str, Any]) -> nn.Module:
         torch.manual_seed(0)
         model = timm.create_model(name, **(SMALL | {"num_classes": 5} | options)).eval().double()
         with torch.no_grad():
@@ -25,4 +25,9 @@ def small() -> Callable[..., Any]:
                 parameter.add_(torch.randn_like(parameter) * 0.15)
         return model
 
-    return build
+    def copy(name: str = "vit_tiny_patch16_224", **options: Any) -> nn.Module:
+        model: nn.Module = replica((name, repr(options)), lambda: build(name, options))
+        torch.manual_seed(1)  # what is drawn next is the same for the first and for a later copy
+        return model
+
+    return copy

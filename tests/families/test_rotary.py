@@ -39,9 +39,10 @@ def fused(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, fused: bool) -> tuple[Any, Any, Tensor]:
+def kind(request: pytest.FixtureRequest, fused: bool, replica: Any) -> tuple[Any, Any, Tensor]:
     """A block, its restated forward, and the rotations of 16 patches."""
-    model = lively(request.param)
+    model = replica(("lively", request.param), lambda: lively(request.param))
+    torch.manual_seed(1)  # what is drawn next is the same for the first and for a later copy
     rope = model.rope.get_embed(shape=(4, 4))
     block = model.blocks[-1]
     block.attn.fused_attn = fused

@@ -26,9 +26,9 @@ def kernel(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, kernel: str) -> tuple[Any, Any]:
+def kind(request: pytest.FixtureRequest, kernel: str, fresh: Any) -> tuple[Any, Any]:
     """A block of each architecture, with all the dropout it can have, and its restated forward."""
-    spec = FAMILY.inspect(FAMILY.tiny()[request.param]())
+    spec = FAMILY.inspect(fresh(f"transformers-{request.param}"))
     found, layout = spec.blocks[0], spec.block_mixin._mergence_layout
     config = getattr(found, layout.attention).config
     options = {name: 0.3 for name in RANDOM if hasattr(config, name)}
