@@ -121,6 +121,8 @@ BROKEN: list[tuple[Change, str]] = [
     (lambda f: (f / "model.safetensors").unlink(), "missing: there is no file '.*safetensors'"),
     (lambda f: (f / "config.json").unlink(), "has no config.json"),
     (lambda f: (f / "config.json").write_text("{"), "describes no model.*JSONDecodeError"),
+    (lambda f: (f / "config.json").write_text("[1]"), "describes no model"),
+    (lambda f: configure(f, model_args={"embed_dim": 25, "num_heads": 2}), "describes no model"),
     (lambda f: configure(f, architecture="vit_none"), "describes no model.*vit_none"),
     (lambda f: configure(f, model_args={"depht": 3}), "describes no model.*depht"),
     (lambda f: configure(f, label_names=["a"]), "1 label_names for 10 classes"),

@@ -102,7 +102,9 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(method={"method": "mergence", "alpha": "a"}), "alpha is 'a'"),
         (changed(method="tome"), "no mergence recipe"),
         (changed(schedule={"kind": "spiral"}), "kind 'spiral'"),
+        (changed(schedule={"kind": ["ramp"]}), r"kind \['ramp'\]"),
         (changed(schedule=[1, 2]), "schedule"),
+        (changed(notes="by me"), "notes are 'by me'"),
         (changed(align="8"), "align is '8'"),
         (changed(align=0), "align is 0"),
         ({}, "no mergence recipe.*Found: nothing"),
@@ -113,6 +115,31 @@ def changed(**changes: Any) -> dict[str, Any]:
 def test_a_damaged_recipe_is_refused(data: dict[str, Any], message: str) -> None:
     with pytest.raises(MergenceError, match=message):
         Recipe.from_dict(json.loads(json.dumps(data)))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"kind": "constant", "r": 2, "first": "x"}, "block 'x'.*blocks 1 to 6"),
+        ({"kind": "constant", "r": 2, "first": None}, "block None"),
+        ({"kind": "keep_rate", "keep_rate": 0.5, "blocks": 5}, "blocks is 5;.*list"),
+        ({"kind": "keep_rate", "keep_rate": 0.5, "blocks": "45"}, "blocks is '45';.*list"),
+        ({"kind": "keep_rate", "keep_rate": 0.5, "blocks": [None]}, "block None"),
+    ],
+    ids=str,
+)
+def test_a_damaged_schedule_is_refused_when_it_is_applied(
+    schedule: dict[str, Any], message: str, fresh: Any
+) -> None:
+    data = json.loads(json.dumps(changed(schedule=schedule)))
+    with pytest.raises(MergenceError, match=message):
+        mergence.apply(fresh("timm-vit"), Recipe.from_dict(data))
+
+
+def test_as_many_tokens_leave_as_can_however_large_r_is(fresh: Any) -> None:
+    for r in (1e6, 1e308):
+        model = mergence.apply(fresh("timm-vit"), "topk", r=r)
+        assert set(mergence.describe(model).counts) == {1}
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,8 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     mergence.save(mergence.apply(make(), **FUSED), tmp_path / "good")
 
     def broken(name: str, content: str | None) -> Path:
-        folder = tmp_path / f"{name}-{content is None}"
+        folder = tmp_path / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "good", folder)
         if content is None:
             (folder / name).unlink()
@@ -204,6 +205,10 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
         ("mergence.json", "{", RecipeError, "not valid JSON"),
         ("config.json", None, CheckpointError, r"config\.json' cannot be read"),
         ("config.json", "{}", CheckpointError, "names no model of timm.*or transformers"),
+        ("config.json", "[1]", CheckpointError, "names no model of timm.*or transformers"),
+        ("config.json", '{"architectures": 5}', CheckpointError, "names no model.*found 5"),
+        ("config.json", '{"architectures": ["utils"]}', CheckpointError, "found 'utils'"),
+        ("config.json", '{"architectures": ["AutoModel"]}', CheckpointError, "found 'AutoModel'"),
         ("model.safetensors", None, CheckpointError, "missing"),
         ("model.safetensors", "rubbish", CheckpointError, "cannot be read as weights"),
         ("mergence.safetensors", None, CheckpointError, "learned cannot be read"),

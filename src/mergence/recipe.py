@@ -79,6 +79,9 @@ class Recipe:
                 f"The recipe has format {found!r} (written by {writer}), and mergence "
                 f"{__version__} reads formats up to {_FORMAT}. Upgrade mergence."
             )
+        notes = data.get("notes", {})
+        if not isinstance(notes, Mapping):
+            raise RecipeError(f"The recipe's notes are {notes!r}; give an object, or leave it out.")
         unknown = sorted(set(data) - _KEYS)
         if unknown:
             warnings.warn(
@@ -90,7 +93,7 @@ class Recipe:
             method=methods.from_dict(data["method"]),
             schedule=schedules.from_dict(data.get("schedule", {})),
             align=data.get("align", 1),
-            notes=data.get("notes", {}),
+            notes=notes,
         )
 
     @classmethod

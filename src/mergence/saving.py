@@ -21,6 +21,7 @@ from mergence.errors import (
     RecipeError,
     UnsupportedModelError,
 )
+from mergence.family import registry
 from mergence.files import staged
 from mergence.models import load_model
 from mergence.recipe import Recipe
@@ -175,21 +176,25 @@ def _load_dense(folder: Path) -> nn.Module:
             f"'{folder / 'config.json'}' cannot be read ({error}). It says which model this is; "
             "copy the whole folder again."
         ) from error
+    config = config if isinstance(config, dict) else {}
     if "architecture" in config:
         return load_model(f"local-dir:{folder}").model
     if find_spec("transformers") is None:
         raise MissingExtraError("transformers", "transformers", f"Loading '{folder}'")
     import transformers
 
-    (name, *_) = config.get("architectures") or [None]
-    cls = getattr(transformers, name or "", None)
-    if cls is None:
+    found = config.get("architectures")
+    name: Any = found[0] if isinstance(found, list) and found else found
+    # Nothing but the models that `save` can have written is looked up by a name from a file.
+    known = {model for family in registry().values() for model in family.models}
+    if not any(model.startswith("transformers.") and model.endswith(f".{name}") for model in known):
         raise CheckpointError(
             f"'{folder / 'config.json'}' names no model of timm ('architecture') or transformers "
             f"('architectures'): found {name!r}. Correct it, or save the model again."
         )
     try:
         # Weights that are pickled are never read.
+        cls = getattr(transformers, name)
         model: nn.Module = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"transformers cannot load '{folder}': {error}") from error

@@ -99,6 +99,9 @@ class KeepRate(Schedule):
             raise ScheduleError(
                 f"keep_rate is {self.keep_rate}; give a number above 0 and at most 1."
             )
+        blocks: Any = self.blocks
+        if blocks is not None and not isinstance(blocks, tuple | list):
+            raise ScheduleError(f"blocks is {blocks!r}; give a list of blocks, counted from 1.")
         if self.every is not None and (self.every < 1 or self.blocks is not None):
             raise ScheduleError(
                 f"KeepRate(blocks={self.blocks}, every={self.every}): give either blocks, or every "
@@ -148,7 +151,8 @@ class Constant(Schedule):
         left, counts = setting.tokens, []
         for block in range(1, setting.depth + 1):
             if block >= self.first:
-                wanted = setting.tokens - round(self.r * (block - self.first + 1))
+                gone = min(self.r * (block - self.first + 1), setting.tokens)
+                wanted = setting.tokens - round(gone)
                 left = max(min(wanted, left), setting.fewest(left), 1)
             counts.append(left)
         return tuple(counts)
@@ -336,10 +340,11 @@ def check(counts: tuple[int, ...], setting: Setting) -> tuple[int, ...]:
 
 
 def _check_blocks(blocks: tuple[int, ...], depth: int) -> None:
+    block: Any  # may come from JSON
     for block in blocks:
-        if not 1 <= block <= depth:
+        if not isinstance(block, int) or not 1 <= block <= depth:
             raise ScheduleError(
-                f"The schedule names block {block}; the model has blocks 1 to {depth}."
+                f"The schedule names block {block!r}; the model has blocks 1 to {depth}."
             )
 
 
@@ -356,7 +361,7 @@ def from_dict(data: Any) -> Schedule:
         raise RecipeError(f"The recipe's schedule is {data!r}; give an object with a 'kind'.")
     values = dict(data)
     kind = values.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise RecipeError(
             f"The recipe's schedule is of kind {kind!r}; known kinds: {', '.join(_KINDS)}."
         )
