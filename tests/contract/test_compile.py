@@ -13,6 +13,7 @@ import mergence
 from mergence import method as methods
 from mergence import ops
 from mergence.method import names
+from mergence.outputs import answer
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +82,43 @@ def test_inductor_agrees_with_eager(
     compiled = torch.compile(vit, fullgraph=True)
     # Not exact: generated kernels sum in another order.
     torch.testing.assert_close(output(compiled, image), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_in_a_compiled_graph_is_that_of_eager_mode(
+    dtype: torch.dtype, vit: Any, image: Tensor, shorten: Any, output: Any
+) -> None:
+    model = mergence.apply(shorten(vit, 2), "mergence", keep_rate=0.7)
+    single = output(model, image)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.autocast("cpu", dtype=dtype):
+        found, expected = output(compiled, image), output(model, image)
+    assert found.dtype == expected.dtype == dtype
+    assert torch.equal(found, expected)
+    assert not torch.equal(found.float(), single)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one_graph", [True, False], ids=["one graph", "graph breaks"])
+def test_gradient_checkpointing_in_compiled_code_gives_the_same_gradients(
+    one_graph: bool, vit: Any, image: Tensor, shorten: Any
+) -> None:
+    model = mergence.apply(shorten(vit, 2), "mergence", keep_rate=0.7)
+
+    def gradients(call: Any) -> dict[str, Tensor]:
+        model.zero_grad()
+        answer(call(image)).square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(model)
+    model.set_grad_checkpointing()
+    # A reduced block notes the sizes of its tokens, which the compiler takes for a side effect.
+    allowed = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    if one_graph and not hasattr(torch._dynamo.config, allowed):
+        pytest.skip(f"this torch has no {allowed}")
+    with torch._dynamo.config.patch({allowed: True} if one_graph else {}):
+        compiled = torch.compile(model, fullgraph=one_graph, backend="aot_eager")
+        found = gradients(compiled)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
