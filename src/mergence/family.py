@@ -69,6 +69,13 @@ class Family(ABC):
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:
         """Builders of tiny random models, one for each kind covered, for the contract tests."""
 
+    def input_shape(self, model: nn.Module) -> tuple[int, ...]:
+        """The shape of one input of a tiny model, for the contract tests.
+
+        Colour images of 96 x 96 pixels, unless a family says otherwise.
+        """
+        return 3, 96, 96
+
 
 def qualified_names(cls: type) -> list[str]:
     """The qualified names of a class and its bases."""

@@ -31,7 +31,7 @@ def tiny(kind: str) -> Any:
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", ["mergence", "tome"])
-@pytest.mark.parametrize("kind", [k for k in FAMILY.tiny() if k != "dinov3"])  # turned by place
+@pytest.mark.parametrize("kind", [k for k in FAMILY.tiny() if k not in ("dinov3", "videomae")])
 def test_merging_equal_patches_changes_nothing(kind: str, method: str, kernel: str) -> None:
     model = tiny(kind).double()
     model.set_attn_implementation(kernel)
@@ -267,7 +267,6 @@ SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     [
         ("BeitModel", "BeitConfig", "bias for every pair of places"),
         ("ViTForMaskedImageModeling", "ViTConfig", "reconstructs every patch"),
-        ("ViTMAEModel", "ViTMAEConfig", "load the checkpoint as ViTModel"),
         ("Siglip2VisionModel", "Siglip2VisionConfig", "pads images"),
     ],
 )
