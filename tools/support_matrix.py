@@ -63,7 +63,7 @@ graph; `torch.export` and ONNX for a part of them. Tested with {tested}.
 {table()}
 What is not listed is refused by name, with this list: windowed, hierarchical and convolutional \
 models, relative position biases (BEiT), post-norm and parallel blocks, and in transformers \
-NaFlex SigLIP 2 (it pads).
+NaFlex SigLIP 2 (it pads; timm's takes images).
 """
 
 
