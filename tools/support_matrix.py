@@ -21,7 +21,7 @@ CHECKPOINTING = ("set_grad_checkpointing", "gradient_checkpointing_enable")
 def table() -> str:
     """One row for each kind of model that the contract tests build."""
     head = (
-        "| family | kind tested | class | prefix tokens | turned by place | answers with "
+        "| family | kind tested | class | prefix tokens | looks at places | answers with "
         "| gradient checkpointing |\n|---|---|---|---|---|---|---|\n"
     )
     rows = [
@@ -39,7 +39,7 @@ def _row(one: Family, kind: str, model: nn.Module) -> str:
         kind,
         f"`{type(model).__name__}`",
         spec.cost.prefix,
-        "yes" if spec.cost.rotary else "",
+        "yes" if spec.cost.placed else "",
         "class scores" if spec.classes else "an embedding",
         "yes" if any(hasattr(model, name) for name in CHECKPOINTING) else "not in the library",
     )
@@ -62,8 +62,8 @@ graph; `torch.export` and ONNX for a part of them. Tested with {tested}.
 
 {table()}
 What is not listed is refused by name, with this list: windowed, hierarchical and convolutional \
-models, relative position biases (BEiT), post-norm and parallel blocks, and in transformers \
-NaFlex SigLIP 2 (it pads; timm's takes images).
+models, post-norm and parallel blocks, and in transformers BEiT and NaFlex SigLIP 2 (timm's are \
+covered).
 """
 
 

@@ -217,7 +217,10 @@ _DECODES = (
     "its decoder reconstructs every patch that its encoder left out, and merged patches have no "
     "tokens of their own"
 )
-_PAIRS = "its attention adds a bias for every pair of places, and a merged token has several"
+_PAIRS = (
+    "its attention adds a bias for every pair of places, which is gathered for merged tokens in "
+    "timm's Beit alone; load the checkpoint there"
+)
 REFUSED: dict[str, str] = {
     name: reason
     for names, reason in (

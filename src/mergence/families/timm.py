@@ -230,11 +230,7 @@ class Timm(Family):
         "timm's VisionTransformer: ViT, DeiT, distilled DeiT, DeiT-3, DINOv2 with and without "
         "registers, CLIP and SigLIP image towers"
     )
-    refused: ClassVar[Mapping[str, str]] = {
-        "timm.models.beit.Beit": (
-            "its attention adds a bias for every pair of places, and a merged token has several"
-        ),
-    }
+    refused: ClassVar[Mapping[str, str]] = {}
     block: ClassVar[tuple[str, ...]] = (_VIT + "Block",)
     attention: ClassVar[tuple[str, ...]] = (_ATTENTION,)
     embed: ClassVar[tuple[str, ...]] = (_EMBED,)
@@ -271,18 +267,18 @@ class Timm(Family):
         cost = ModelCost(
             blocks=tuple(
                 BlockCost(
-                    attention=linear_macs(b.attn),
+                    attention=self._attention_macs(b.attn),
                     mlp=linear_macs(b.mlp),
-                    width=b.attn.num_heads * b.attn.head_dim,
+                    width=b.attn.proj.in_features,
                 )
                 for b in blocks
             ),
             prefix=model.num_prefix_tokens,
             dim=model.embed_dim,
-            head_dim=blocks[0].attn.head_dim,
+            head_dim=blocks[0].attn.proj.in_features // blocks[0].attn.num_heads,
             stem=embed.proj.weight.numel(),
             **_head_cost(model),
-            rotary=getattr(model, "rope", None) is not None,
+            placed=self._looks_at_places(model),
         )
         return ModelSpec(
             blocks=blocks,
@@ -292,6 +288,12 @@ class Timm(Family):
             parts=((model, self.model_mixin),),
             classes=model.num_classes,
         )
+
+    def _attention_macs(self, attn: Any) -> int:
+        return linear_macs(attn)
+
+    def _looks_at_places(self, model: Any) -> bool:
+        return getattr(model, "rope", None) is not None
 
     def _patches(self, model: Any) -> int:
         """Patches at the model's own input size."""

@@ -291,7 +291,7 @@ def _cost(tower: Any, kind: Tower, head: Any, heads: list[nn.Module]) -> ModelCo
         stem=sum(p.numel() for p in tower.get_submodule(kind.stem).parameters() if p.ndim > 1),
         head=after,
         head_per_token=per_token,
-        rotary=kind.rotary,
+        placed=kind.rotary,
     )
 
 
