@@ -219,7 +219,7 @@ _DECODES = (
 )
 _PAIRS = (
     "its attention adds a bias for every pair of places, which is gathered for merged tokens in "
-    "timm's Beit alone; load the checkpoint there"
+    "timm's Beit alone"
 )
 REFUSED: dict[str, str] = {
     name: reason

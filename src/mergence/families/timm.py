@@ -22,6 +22,7 @@ from mergence.families._common import (
     refuse_mask,
     require_class,
 )
+from mergence.families._timm_refused import REFUSED
 from mergence.family import Family, ModelSpec
 from mergence.macs import BlockCost, ModelCost
 from mergence.restoring import restored
@@ -230,7 +231,7 @@ class Timm(Family):
         "timm's VisionTransformer: ViT, DeiT, distilled DeiT, DeiT-3, DINOv2 with and without "
         "registers, CLIP and SigLIP image towers"
     )
-    refused: ClassVar[Mapping[str, str]] = {}
+    refused: ClassVar[Mapping[str, str]] = REFUSED
     block: ClassVar[tuple[str, ...]] = (_VIT + "Block",)
     attention: ClassVar[tuple[str, ...]] = (_ATTENTION,)
     embed: ClassVar[tuple[str, ...]] = (_EMBED,)
