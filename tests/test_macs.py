@@ -92,7 +92,7 @@ def watched_macs(model: nn.Module) -> int:
     # The counter knows no formula for the CPU's fused kernel, nor for that of MultiheadAttention.
     plain = sdpa_kernel(SDPBackend.MATH)
     with plain, FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.randn(1, 3, 96, 96))
+        model(torch.randn(1, *family.find(model).input_shape(model)))
     flops: int = counter.get_total_flops()
     return flops // 2
 

@@ -111,6 +111,9 @@ def test_what_transformers_cannot_give_is_explained(
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
     with pytest.raises(UnsupportedModelError, match=r"saved from the class BertModel\. Known"):
         load_model(f"hf:{folder}")
+    FAMILY.tiny()["videomae"]().save_pretrained(folder)
+    with pytest.raises(UnsupportedModelError, match=r"VideoMAEFor.*takes video;.*mergence\.apply"):
+        load_model(f"hf:{folder}")
 
 
 @pytest.fixture

@@ -16,5 +16,5 @@ def test_the_support_matrix_is_up_to_date() -> None:
     text = (ROOT / "docs" / "families" / "README.md").read_text(encoding="utf-8")
     assert made["table"]() in text, "run python tools/support_matrix.py"
     for line in made["page"]().splitlines():
-        if line.startswith("- `"):
+        if line.startswith("- `"):  # what is covered, and what is refused
             assert line in text, "run python tools/support_matrix.py"

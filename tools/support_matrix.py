@@ -21,7 +21,7 @@ CHECKPOINTING = ("set_grad_checkpointing", "gradient_checkpointing_enable")
 def table() -> str:
     """One row for each kind of model that the contract tests build."""
     head = (
-        "| family | kind tested | class | prefix tokens | turned by place | answers with "
+        "| family | kind tested | class | prefix tokens | looks at places | answers with "
         "| gradient checkpointing |\n|---|---|---|---|---|---|---|\n"
     )
     rows = [
@@ -39,7 +39,7 @@ def _row(one: Family, kind: str, model: nn.Module) -> str:
         kind,
         f"`{type(model).__name__}`",
         spec.cost.prefix,
-        "yes" if spec.cost.rotary else "",
+        "yes" if spec.cost.placed else "",
         "class scores" if spec.classes else "an embedding",
         "yes" if any(hasattr(model, name) for name in CHECKPOINTING) else "not in the library",
     )
@@ -48,7 +48,9 @@ def _row(one: Family, kind: str, model: nn.Module) -> str:
 
 def page() -> str:
     """The whole page."""
-    covered = "".join(f"- `{f.name}`: {f.supported}\n" for f in family.registry().values())
+    families = family.registry().values()
+    covered = "".join(f"- `{f.name}`: {f.supported}\n" for f in families)
+    refused = "".join(f"- `{cls}`: {why}\n" for f in families for cls, why in f.refused.items())
     tested = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     return f"""# What is covered
 
@@ -61,10 +63,15 @@ one, copies and pickles, threads, half precision and autocast, gradients, `torch
 graph; `torch.export` and ONNX for a part of them. Tested with {tested}.
 
 {table()}
-What is not listed is refused by name, with this list: windowed, hierarchical and convolutional \
-models, relative position biases (BEiT), post-norm and parallel blocks, and in transformers \
-VideoMAE, ViT-MAE (it shuffles and drops patches) and NaFlex SigLIP 2 (it pads).
-"""
+## What is refused
+
+What is not listed is refused by name, with the list of what is covered: windowed, hierarchical \
+and convolutional models, which have no sequence of tokens to reduce, and blocks, attentions and \
+stems of another class than those that are restated (post-norm, parallel, hybrid). These classes \
+look as if they were covered and are refused with a reason of their own; timm {version("timm")} \
+has neither LV-ViT nor T2T-ViT.
+
+{refused}"""
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ class UnknownNameError(MergenceError):
     """A method, family or model source of that name does not exist."""
 
 
+class PluginError(MergenceError):
+    """An installed plug-in cannot be imported, or is not what its entry point promises."""
+
+
 class OptionError(MergenceError):
     """An option is unknown, of the wrong type or out of range."""
 

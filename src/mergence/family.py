@@ -8,12 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from typing import ClassVar
 
 from torch import nn
 
-from mergence.errors import UnsupportedModelError
+from mergence import plugins
+from mergence.errors import PluginError, UnsupportedModelError
 from mergence.macs import ModelCost
 
 
@@ -69,6 +69,13 @@ class Family(ABC):
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:
         """Builders of tiny random models, one for each kind covered, for the contract tests."""
 
+    def input_shape(self, model: nn.Module) -> tuple[int, ...]:
+        """The shape of one input of a tiny model, for the contract tests.
+
+        Colour images of 96 x 96 pixels, unless a family says otherwise.
+        """
+        return 3, 96, 96
+
 
 def qualified_names(cls: type) -> list[str]:
     """The qualified names of a class and its bases."""
@@ -80,6 +87,7 @@ def registry() -> Mapping[str, Family]:
     """All known families by name: those of the package and those of installed plug-ins.
 
     Raises:
+        PluginError: A plug-in cannot be imported, or its entry point names no family.
         UnsupportedModelError: A plug-in wants the name of another family.
     """
     import mergence.families as package
@@ -88,7 +96,13 @@ def registry() -> Mapping[str, Family]:
     found: list[Family] = [
         importlib.import_module(f"{package.__name__}.{name}").FAMILY for name in modules
     ]
-    found += [entry.load() for entry in entry_points(group="mergence.families")]
+    for place, family in plugins.load("mergence.families"):
+        if not isinstance(family, Family):
+            raise PluginError(
+                f"{place} names {family!r}. It must name an instance of a subclass of "
+                "mergence.family.Family, usually `FAMILY`."
+            )
+        found.append(family)
     families: dict[str, Family] = {}
     for family in found:
         if families.setdefault(family.name, family) is not family:

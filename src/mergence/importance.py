@@ -23,7 +23,8 @@ def attention_from(
         queries: `[B, H, Q, D]`.
         keys: `[B, H, N, D]`.
         scale: Factor on the logits, usually `D ** -0.5`.
-        bias: Size bias `[B, 1, 1, N]` that the block's own attention uses, or None.
+        bias: What the block's own attention adds to its logits, `[B, 1, 1, N]` or what else
+            is broadcast to `[B, H, Q, N]`, or None.
 
     Returns:
         `[B, N]` float32, each row sums to 1.
@@ -52,5 +53,9 @@ def attention_received(
         `[B, N]` float32, each row sums to 1.
     """
     heads = [slice(h, h + 1) for h in range(queries.shape[1])]
-    each = [attention_from(queries[:, h], keys[:, h], scale, bias) for h in heads]
+
+    def added(head: slice) -> Tensor | None:
+        return bias if bias is None or bias.shape[-3] == 1 else bias[..., head, :, :]
+
+    each = [attention_from(queries[:, h], keys[:, h], scale, added(h)) for h in heads]
     return torch.stack(each).mean(dim=0)

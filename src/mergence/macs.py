@@ -41,8 +41,9 @@ class ModelCost:
         stem: Multiply-adds of the patch embedding per patch.
         head: Multiply-adds of the head, whatever the number of tokens.
         head_per_token: Multiply-adds of the head per token.
-        rotary: Blocks turn queries and keys by the places of their tokens. Every reduction then
-            looks at the importance, to choose the place that a merged token has.
+        placed: Blocks look at the places of their tokens (rotary positions, a bias for every pair
+            of places). Every reduction then looks at the importance, to choose the place that a
+            merged token has.
     """
 
     blocks: tuple[BlockCost, ...]
@@ -52,7 +53,7 @@ class ModelCost:
     stem: int
     head: int
     head_per_token: int = 0
-    rotary: bool = False
+    placed: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from mergence.errors import OptionError, RecipeError, UnknownNameError
+from mergence import plugins
+from mergence.errors import OptionError, PluginError, RecipeError, UnknownNameError
 from mergence.plan import MergePlan, TokenView
 from mergence.schedule import Schedule
 
@@ -144,12 +144,21 @@ def _discover() -> None:
 
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
-    for entry in entry_points(group="mergence.methods"):
-        entry.load()
+    for place, found in plugins.load("mergence.methods"):
+        # A module that registers several is as good.
+        if isinstance(found, type) and found not in _REGISTRY.values():
+            raise PluginError(
+                f"{place} names {found!r}, which is not registered. It must name a method: a "
+                'subclass of mergence.method.Method under @register("name").'
+            )
 
 
 def registry() -> Mapping[str, type[Method]]:
-    """All known methods by name: those of the package and those of installed plug-ins."""
+    """All known methods by name: those of the package and those of installed plug-ins.
+
+    Raises:
+        PluginError: A plug-in cannot be imported, or its entry point names no method.
+    """
     _discover()
     return dict(sorted(_REGISTRY.items()))
 

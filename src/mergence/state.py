@@ -34,8 +34,8 @@ class Carry:
         bias: `[B, 1, 1, P + N]` log(size) with zeros for the prefix tokens, which size attention
             adds to the logits; None before the first reduction or without size attention.
         position: `[B, N]` int64, the patch whose place each patch token has: the most important
-            one in it. Kept only for models that turn queries and keys by place; None before the
-            first reduction.
+            one in it. Kept only for models whose blocks look at places; None before the first
+            reduction.
         slots: The map of each reduction so far, `[B, N]` slot of each token or -1. Kept as they are
             and composed when asked, so that a forward nobody asks pays nothing.
     """

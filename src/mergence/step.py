@@ -80,7 +80,7 @@ class Program:
     @property
     def needs(self) -> frozenset[str]:
         """What a reduction computes for its method, and for the places of merged tokens."""
-        return self.method.needs | ({"importance"} if self.cost.rotary else set())
+        return self.method.needs | ({"importance"} if self.cost.placed else set())
 
     @property
     def reduction(self) -> ReductionCost:
@@ -189,6 +189,7 @@ class BlockStep:
         carry: Carry,
         slots: int,
         learned: nn.Module | None = None,
+        pairs: Tensor | None = None,
     ) -> tuple[Tensor, Carry]:
         """Reduce the tokens between attention and MLP.
 
@@ -200,6 +201,8 @@ class BlockStep:
             carry: What is known about the tokens.
             slots: How many patch tokens to leave.
             learned: The method's learned module, at the first reduction.
+            pairs: What the attention added to its logits besides the sizes, `[H, P + N, P + N]`
+                or one for each image, or None.
 
         Returns:
             `[B, P + slots, C]` and what is known about these tokens.
@@ -222,13 +225,17 @@ class BlockStep:
         # Autocast would turn the merge's output, and so the residual stream, to half precision.
         with torch.autocast(x.device.type, enabled=False):
             importance = keys = received = position = None
+            added = row = carry.bias
+            if pairs is not None:
+                added = pairs if carry.bias is None else pairs + carry.bias
+                row = added[..., :1, :] if prefix else added.mean(dim=-2, keepdim=True)
             if "importance" in self.program.needs or observer is not None:
                 query = q[:, :, :1] if prefix else q.mean(dim=2, keepdim=True)
-                importance = attention_from(query, k, scale, carry.bias)[:, prefix:]
+                importance = attention_from(query, k, scale, row)[:, prefix:]
             if "keys" in method.needs:
                 keys = k[:, :, prefix:].mean(dim=1)
             if "received" in method.needs:
-                received = attention_received(q, k, scale, carry.bias)[:, prefix:]
+                received = attention_received(q, k, scale, added)[:, prefix:]
             block, depth = self.index + 1, self.program.depth
             view = TokenView(patches, size, block, depth, importance, keys, received)
             plan = method.plan(view, slots)
@@ -236,7 +243,7 @@ class BlockStep:
             bias = None
             if method.size_attention:
                 bias = _size_bias(merged_size, prefix, x.dtype, method.size_attention)
-            if self.program.cost.rotary and importance is not None:
+            if self.program.cost.placed and importance is not None:
                 position = most_important(plan, importance)
                 if carry.position is not None:
                     position = carry.position.gather(1, position)

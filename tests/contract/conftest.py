@@ -1,6 +1,6 @@
 """Every method x every family's tiny models: both lists come from the registries.
 
-A family's tiny models take 96 x 96 colour images.
+A family's tiny models take 96 x 96 colour images, or what its `input_shape` says.
 """
 
 from __future__ import annotations
@@ -112,9 +112,20 @@ def vit(fresh: Fresh) -> nn.Module:
 
 
 @pytest.fixture
-def image() -> Tensor:
+def inputs(request: pytest.FixtureRequest, fresh: Fresh) -> Callable[[int], Tensor]:
+    """Makes random inputs of the shape that the test's model takes, as many as asked."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    chosen = [p for n, p in parameters.items() if n in ("dense", "short_reduced", "exportable")]
+    kind = next(iter(chosen), PLAIN)
+    kind = kind if isinstance(kind, str) else kind[0]
+    shape = family.registry()[kind.partition("-")[0]].input_shape(fresh(kind))
+    return lambda batch: torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
+
+
+@pytest.fixture
+def image(inputs: Callable[[int], Tensor]) -> Tensor:
     """Two images."""
-    return torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    return inputs(2)
 
 
 @pytest.fixture(scope="session")

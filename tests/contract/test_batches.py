@@ -25,9 +25,9 @@ def test_a_batch_equals_its_images_one_by_one(
 
 
 def test_three_threads_at_once_equal_one_after_another(
-    reduced: nn.Module, output: Any, spec: Any
+    reduced: nn.Module, inputs: Any, output: Any, spec: Any
 ) -> None:
-    images = [torch.randn(batch, 3, 96, 96) for batch in (1, 2, 3)]
+    images = [inputs(batch) for batch in (1, 2, 3)]
     expected = [output(reduced, image) for image in images]
     together = threading.Barrier(3, timeout=10)
 
@@ -53,7 +53,7 @@ def test_disabling_in_one_thread_leaves_the_others_reduced(
 
 
 def test_a_forward_that_fails_leaves_nothing_behind(
-    reduced: nn.Module, image: Tensor, output: Any, spec: Any
+    reduced: nn.Module, image: Tensor, inputs: Any, output: Any, spec: Any
 ) -> None:
     expected = output(reduced, image)
 
@@ -62,7 +62,7 @@ def test_a_forward_that_fails_leaves_nothing_behind(
 
     handle = spec(reduced).blocks[-1].register_forward_pre_hook(fail)
     with pytest.raises(ValueError, match="from inside"):
-        output(reduced, torch.randn(1, 3, 96, 96))
+        output(reduced, inputs(1))
     with pytest.raises(ValueError, match="from inside"):
         mergence.trace(reduced, image)
     handle.remove()

@@ -31,7 +31,9 @@ def test_gradients_reach_every_parameter_that_they_reach_in_the_dense_model(
     assert all(grad.isfinite().all() for grad in found.values())
 
 
-def test_checkpointing_gives_the_same_gradients(reduced: nn.Module, image: Tensor) -> None:
+def test_checkpointing_gives_the_same_gradients(
+    reduced: nn.Module, image: Tensor, inputs: Any
+) -> None:
     switch = next(
         (
             getattr(reduced, name)
@@ -47,7 +49,7 @@ def test_checkpointing_gives_the_same_gradients(reduced: nn.Module, image: Tenso
     reduced.train()  # without dropout the same numbers; some libraries checkpoint only in training
     y = answer(reduced(image))
     with torch.no_grad():
-        reduced(torch.randn(1, 3, 96, 96))  # another forward before blocks are run again
+        reduced(inputs(1))  # another forward before blocks are run again
     reduced.zero_grad()
     y.square().sum().backward()
     for name, parameter in reduced.named_parameters():

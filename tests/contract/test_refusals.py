@@ -21,9 +21,6 @@ UNSUPPORTED: dict[str, Callable[[], nn.Module]] = {
     "timm.models.convnext.ConvNeXt": lambda: timm.create_model(
         "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)
     ),
-    "timm.models.beit.Beit": lambda: timm.create_model(
-        "beit_base_patch16_224", embed_dim=12, depth=1, num_heads=1
-    ),
     "timm.models.hiera.Hiera": lambda: timm.create_model(
         "hiera_tiny_224", embed_dim=12, num_heads=1, stages=(1, 1, 1, 1)
     ),

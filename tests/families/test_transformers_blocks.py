@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mergence.families.transformers import FAMILY, block_forward, scale_of
+from mergence.families._transformers_blocks import block_forward, scale_of
+from mergence.families.transformers import FAMILY
 
 KINDS = ("vit", "deit", "dinov2", "dinov2_reg", "clip", "siglip")
 RANDOM = (

@@ -246,7 +246,6 @@ SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     [
         ("BeitModel", "BeitConfig", "bias for every pair of places"),
         ("ViTForMaskedImageModeling", "ViTConfig", "reconstructs every patch"),
-        ("ViTMAEModel", "ViTMAEConfig", "load the checkpoint as ViTModel"),
         ("Siglip2VisionModel", "Siglip2VisionConfig", "pads images"),
     ],
 )

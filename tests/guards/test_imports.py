@@ -18,7 +18,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "mergence"
 # `__init__` stands for the public names, so that nothing below the command line leans on them.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "outputs", "_version", "assets"),
-    ("plan",),
+    ("plan", "plugins"),
     ("ops",),
     ("importance", "schedule", "macs"),
     ("method", "family"),

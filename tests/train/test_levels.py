@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import mergence
+from mergence import family
 from mergence.errors import OptionError, ScheduleError
 from mergence.outputs import answer
 from mergence.recipe import make
@@ -129,10 +130,9 @@ def test_recipes_must_agree_on_the_place_of_a_learned_module(model: nn.Module) -
         Reducer(model, fused)
 
 
-def test_models_of_every_family_change_their_reduction(
-    tiny_model: nn.Module, image: torch.Tensor
-) -> None:
+def test_models_of_every_family_change_their_reduction(tiny_model: nn.Module) -> None:
     model = tiny_model
+    image = torch.randn(2, *family.find(model).input_shape(model))
     dense = answer(model(image))
     with mergence.applied(model, "mergence", keep_rate=0.7):
         expected = answer(model(image))

@@ -14,8 +14,11 @@ from mergence.state import Carry
 from mergence.step import BlockStep
 from mergence.surgery import LEARNED, original_class
 
-Reduce = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""What happens to tokens between attention and MLP, from them and the attention's q and k."""
+Reduce = Callable[..., Tensor]
+"""What happens to tokens between attention and MLP, from them and the attention's q and k.
+
+Attentions that add a bias for every pair of tokens, `[B, H, P + N, P + N]`, give it as fourth.
+"""
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -46,10 +49,10 @@ def reduced_forward(
         return y
     after = carry
 
-    def reduce(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def reduce(x: Tensor, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
         nonlocal after
         learned = getattr(block, LEARNED, None)
-        x, after = step.reduce(x, q, k, scale, carry, slots, learned)
+        x, after = step.reduce(x, q, k, scale, carry, slots, learned, pairs)
         return x
 
     y = restated(x, carry, reduce)
@@ -57,7 +60,7 @@ def reduced_forward(
     return y
 
 
-def keep(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+def keep(x: Tensor, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
     """The `Reduce` that changes nothing."""
     return x
 

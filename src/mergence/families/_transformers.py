@@ -13,17 +13,19 @@ from mergence.families._common import randomised
 
 @dataclass(frozen=True)
 class Layout:
-    """What a block calls its parts; its MLP is `mlp` everywhere.
+    """What a block calls its parts.
 
     Attributes:
         attention: The attention.
         norms: The norms before attention and MLP.
         after: What both branches pass through before they are added.
+        mlp: The MLP, in one part or two.
     """
 
     attention: str
     norms: tuple[str, str]
     after: tuple[tuple[str, ...], tuple[str, ...]]
+    mlp: tuple[str, ...] = ("mlp",)
 
 
 VIT = Layout("attention", ("layernorm_before", "layernorm_after"), (("dropout",), ("dropout",)))
@@ -31,6 +33,9 @@ DINO = Layout(
     "attention", ("norm1", "norm2"), (("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
 )
 CLIP = Layout("self_attn", ("layer_norm1", "layer_norm2"), ((), ()))
+VIDEO = Layout(
+    "attention", ("layernorm_before", "layernorm_after"), ((), ()), ("intermediate", "output")
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Tower:
         prefix: Class and distillation tokens; registers are counted from the configuration.
         head: The name of its attention pooling, where it has one.
         rotary: Its blocks turn queries and keys by place.
+        masks: The name of the argument that makes it leave patches out.
     """
 
     block: str
@@ -56,6 +62,7 @@ class Tower:
     prefix: int
     head: str | None = None
     rotary: bool = False
+    masks: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,22 @@ TOWERS: dict[str, Tower] = {
         (
             _named("deit", "DeiTModel"),
             Tower("DeiTLayer", "DeiTAttention", VIT, "layers", _PROJECTION, 2),
+        ),
+        (
+            _named("vit_mae", "ViTMAEModel"),
+            Tower("ViTMAELayer", "ViTMAEAttention", VIT, "layers", _PROJECTION, 1, masks="noise"),
+        ),
+        (
+            _named("videomae", "VideoMAEModel"),
+            Tower(
+                "VideoMAELayer",
+                "VideoMAEAttention",
+                VIDEO,
+                "encoder.layer",
+                _PROJECTION,
+                0,
+                masks="bool_masked_pos",
+            ),
         ),
         (
             _named("audio_spectrogram_transformer", "ASTModel"),
@@ -163,6 +186,10 @@ CONTAINERS: dict[str, Container] = {
             Container("audio_spectrogram_transformer", ("classifier",)),
         ),
         (
+            _named("videomae", "VideoMAEForVideoClassification"),
+            Container("videomae", ("classifier",), averages=True),
+        ),
+        (
             _named("dinov2", "Dinov2ForImageClassification"),
             Container("dinov2", ("classifier",), averages=True),
         ),
@@ -186,17 +213,21 @@ CONTAINERS: dict[str, Container] = {
 
 _RECONSTRUCTS = "it reconstructs every patch, and merged patches have no tokens of their own"
 _PADS = "it pads images of several sizes to one length (NaFlex)"
-_SHUFFLES = (
-    "it shuffles patches and drops most of them; load the checkpoint as ViTModel or "
-    "ViTForImageClassification"
+_DECODES = (
+    "its decoder reconstructs every patch that its encoder left out, and merged patches have no "
+    "tokens of their own"
 )
-_PAIRS = "its attention adds a bias for every pair of places, and a merged token has several"
+_PAIRS = (
+    "its attention adds a bias for every pair of places, which is gathered for merged tokens in "
+    "timm's Beit alone"
+)
 REFUSED: dict[str, str] = {
     name: reason
     for names, reason in (
         (_named("vit", "ViTForMaskedImageModeling"), _RECONSTRUCTS),
         (_named("deit", "DeiTForMaskedImageModeling"), _RECONSTRUCTS),
-        (_named("vit_mae", "ViTMAEModel", "ViTMAEForPreTraining"), _SHUFFLES),
+        (_named("vit_mae", "ViTMAEForPreTraining"), _DECODES),
+        (_named("videomae", "VideoMAEForPreTraining"), _DECODES),
         (
             _named(
                 "siglip2", "Siglip2VisionModel", "Siglip2Model", "Siglip2ForImageClassification"
@@ -237,6 +268,11 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clip_classifier": ("CLIPForImageClassification", "CLIPConfig", {}),
     "siglip": ("SiglipVisionModel", "SiglipVisionConfig", {}),
     "siglip_classifier": ("SiglipForImageClassification", "SiglipConfig", {}),
+    "videomae": (
+        "VideoMAEForVideoClassification",
+        "VideoMAEConfig",
+        {"num_frames": 8, "patch_size": 32},
+    ),
 }
 
 

@@ -22,6 +22,7 @@ from mergence.families._common import (
     refuse_mask,
     require_class,
 )
+from mergence.families._timm_refused import REFUSED
 from mergence.family import Family, ModelSpec
 from mergence.macs import BlockCost, ModelCost
 from mergence.restoring import restored
@@ -97,25 +98,31 @@ class ReducedBlock:
         )
 
 
-class ReducedModel:
-    """Mixed into `timm.models.vision_transformer.VisionTransformer`."""
+class ReducedTrunk:
+    """Mixed into the models, by a subclass that knows how their head pools."""
 
-    def forward(
-        self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """The model's forward, as one run."""
+    _mergence_embed: ClassVar[str] = "patch_embed"
+
+    def _mergence_run(self: Any, image: Tensor) -> AbstractContextManager[Run]:
+        embed = getattr(self, self._mergence_embed)
+        rows, columns = map(int, embed.dynamic_feat_size(image.shape[-2:]))
+        program: Program = self._mergence
+        if not program.run.disabled:
+            program.counts(rows * columns)  # refuses a size at which it cannot be followed
+        return program.run.forward((rows, columns))
+
+    def forward(self: Any, x: Tensor, *masks: Any, **options: Any) -> Tensor:
+        """The model's forward, as one run. The blocks refuse masks."""
         dense: Any = super()
-        with _run(self, x):
-            y: Tensor = dense.forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        with self._mergence_run(x):
+            y: Tensor = dense.forward(x, *masks, **options)
             return y
 
-    def forward_features(
-        self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward_features(self: Any, x: Tensor, *masks: Any, **options: Any) -> Tensor:
         """The model's features, reduced; they remember their sizes for `forward_head`."""
         dense: Any = super()
-        with _run(self, x) as run:
-            y: Tensor = dense.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+        with self._mergence_run(x) as run:
+            y: Tensor = dense.forward_features(x, *masks, **options)
             attach(y, run.known())
             return y
 
@@ -135,19 +142,14 @@ class ReducedModel:
         The final features that come with them are reduced, as those of `forward_features`.
         """
         dense: Any = super()
+        how = (indices, return_prefix_tokens, norm, stop_early)
+        if self._mergence.run.disabled:
+            return dense.forward_intermediates(x, *how, output_fmt, intermediates_only, **options)
         grid = output_fmt == "NCHW"
-        with _run(self, x) as run:
-            found = dense.forward_intermediates(
-                x,
-                indices,
-                return_prefix_tokens,
-                norm,
-                stop_early,
-                # timm would fold the tokens into the grid before every patch has one again.
-                "NLC" if grid else output_fmt,
-                intermediates_only,
-                **options,
-            )
+        with self._mergence_run(x) as run:
+            # timm would fold the tokens into the grid before every patch has one again.
+            layout = "NLC" if grid else output_fmt
+            found = dense.forward_intermediates(x, *how, layout, intermediates_only, **options)
             carry, shape = run.known(), run.grid if grid else None
 
         def full(y: Any) -> Any:
@@ -165,28 +167,48 @@ class ReducedModel:
         attach(found[0], carry)
         return found[0], [full(y) for y in found[1]]
 
+
+class ReducedModel(ReducedTrunk):
+    """Mixed into `timm.models.vision_transformer.VisionTransformer`."""
+
     def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
         """The model's pooling, in which a merged token counts as often as the patches in it."""
         dense: Any = super()
-        program: Program = self._mergence
-        run = program.run
         kind = self.global_pool if pool_type is None else pool_type
-        carry = run.known() if run.active else attached(x)
-        if run.disabled or not (self.attn_pool is not None or kind in ("avg", "avgmax")):
-            carry = None
-        elif carry is None and x.shape[1] != program.prefix + program.patches:
-            raise ReducedOutputError(
-                f"The head got {x.shape[1]} tokens whose sizes are not known, and it pools by "
-                "size. Pass it the very tensor that forward_features returned, or call the whole "
-                "model."
-            )
-        if carry is None or carry.size is None:
+        size = sizes_to_pool(self, x, self.attn_pool is not None or kind in ("avg", "avgmax"))
+        if size is None:
             y: Tensor = dense.pool(x, pool_type)
             return y
-        return _pool_by_size(self, x, carry.size, kind)
+        return pool_by_size(self, x, size, kind)
 
 
-def _pool_by_size(model: Any, x: Tensor, size: Tensor, kind: str) -> Tensor:
+def sizes_to_pool(model: Any, x: Tensor, by_size: bool) -> Tensor | None:
+    """The sizes `[B, N]` of a head's tokens, None where it has to do nothing about them.
+
+    Args:
+        model: The model.
+        x: `[B, P + N, C]` what its head got.
+        by_size: Whether a merged token has to count as often as the patches in it.
+
+    Raises:
+        ReducedOutputError: It has to, and the sizes are not known.
+    """
+    program: Program = model._mergence
+    run = program.run
+    if run.disabled or not by_size:
+        return None
+    carry = run.known() if run.active else attached(x)
+    if carry is None and x.shape[1] != program.prefix + program.patches:
+        raise ReducedOutputError(
+            f"The head got {x.shape[1]} tokens whose sizes are not known, and it pools by "
+            "size. Pass it the very tensor that forward_features returned, or call the whole "
+            "model."
+        )
+    return None if carry is None else carry.size
+
+
+def pool_by_size(model: Any, x: Tensor, size: Tensor, kind: str) -> Tensor:
+    """The model's pooling of tokens `[B, P + N, C]` whose sizes `[B, N]` are known."""
     prefix: int = model.num_prefix_tokens
     # EVA has no such option: its attention pool takes all tokens, its averages the patches.
     if getattr(model, "pool_include_prefix", model.attn_pool is not None):
@@ -200,14 +222,6 @@ def _pool_by_size(model: Any, x: Tensor, size: Tensor, kind: str) -> Tensor:
     return mean if kind == "avg" else 0.5 * (x.amax(dim=1) + mean)
 
 
-def _run(model: Any, image: Tensor) -> AbstractContextManager[Run]:
-    rows, columns = map(int, model.patch_embed.dynamic_feat_size(image.shape[-2:]))
-    program: Program = model._mergence
-    if not program.run.disabled:
-        program.counts(rows * columns)  # refuses a size at which the schedule cannot be followed
-    return program.run.forward((rows, columns))
-
-
 class Timm(Family):
     """timm's `VisionTransformer` and `VisionTransformerDistilled`."""
 
@@ -217,15 +231,12 @@ class Timm(Family):
         "timm's VisionTransformer: ViT, DeiT, distilled DeiT, DeiT-3, DINOv2 with and without "
         "registers, CLIP and SigLIP image towers"
     )
-    refused: ClassVar[Mapping[str, str]] = {
-        "timm.models.beit.Beit": (
-            "its attention adds a bias for every pair of places, and a merged token has several"
-        ),
-        "timm.models.naflexvit.NaFlexVit": "it pads images of several sizes to one length",
-    }
+    refused: ClassVar[Mapping[str, str]] = REFUSED
     block: ClassVar[tuple[str, ...]] = (_VIT + "Block",)
     attention: ClassVar[tuple[str, ...]] = (_ATTENTION,)
+    embed: ClassVar[tuple[str, ...]] = (_EMBED,)
     block_mixin: ClassVar[type] = ReducedBlock
+    model_mixin: ClassVar[type[ReducedTrunk]] = ReducedModel
     kinds: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
         "vit": ("vit_tiny_patch16_224", {}),
         "vit_avg": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
@@ -244,10 +255,11 @@ class Timm(Family):
         for index, block in enumerate(model.blocks, start=1):
             self._require(block, self.block, f"block {index}")
             self._require(block.attn, self.attention, f"the attention of block {index}")
-        self._require(model.patch_embed, (_EMBED,), "the patch embedding")
-        if model.attn_pool is not None:
+        embed = getattr(model, self.model_mixin._mergence_embed)
+        self._require(embed, self.embed, "the patch embedding")
+        if getattr(model, "attn_pool", None) is not None:
             self._require(model.attn_pool, (_POOL,), "the attention pool")
-        if not (model.patch_drop is None or isinstance(model.patch_drop, nn.Identity)):
+        if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
             raise UnsupportedModelError(
                 "The model drops random patches in training (patch_drop_rate > 0), so patches have "
                 "no fixed place. Build it with patch_drop_rate=0."
@@ -256,27 +268,40 @@ class Timm(Family):
         cost = ModelCost(
             blocks=tuple(
                 BlockCost(
-                    attention=linear_macs(b.attn),
+                    attention=self._attention_macs(b.attn),
                     mlp=linear_macs(b.mlp),
-                    width=b.attn.num_heads * b.attn.head_dim,
+                    width=b.attn.proj.in_features,
                 )
                 for b in blocks
             ),
             prefix=model.num_prefix_tokens,
             dim=model.embed_dim,
-            head_dim=blocks[0].attn.head_dim,
-            stem=sum(p.numel() for p in model.patch_embed.parameters() if p.ndim > 1),
+            head_dim=blocks[0].attn.proj.in_features // blocks[0].attn.num_heads,
+            stem=embed.proj.weight.numel(),
             **_head_cost(model),
-            rotary=getattr(model, "rope", None) is not None,
+            placed=self._looks_at_places(model),
         )
         return ModelSpec(
             blocks=blocks,
-            patches=int(model.patch_embed.num_patches),
+            patches=self._patches(model),
             cost=cost,
-            block_mixin=self.block_mixin,
-            parts=((model, ReducedModel),),
+            block_mixin=self._block_mixin(blocks),
+            parts=((model, self.model_mixin),),
             classes=model.num_classes,
         )
+
+    def _attention_macs(self, attn: Any) -> int:
+        return linear_macs(attn)
+
+    def _looks_at_places(self, model: Any) -> bool:
+        return getattr(model, "rope", None) is not None
+
+    def _patches(self, model: Any) -> int:
+        """Patches at the model's own input size."""
+        return int(model.patch_embed.num_patches)
+
+    def _block_mixin(self, blocks: tuple[Any, ...]) -> type:
+        return self.block_mixin
 
     def _require(self, module: nn.Module, allowed: tuple[str, ...], what: str) -> None:
         what = f"In this {self.models[0]}, {what}"
@@ -307,7 +332,7 @@ class Timm(Family):
 def _head_cost(model: Any) -> dict[str, Any]:
     heads = [model.head] + ([model.head_dist] if hasattr(model, "head_dist") else [])
     head = sum(linear_macs(h) for h in heads)
-    if model.attn_pool is None:
+    if getattr(model, "attn_pool", None) is None:
         return {"head": head}
     per_token = linear_macs(model.attn_pool.kv) + 2 * model.embed_dim
     return {

@@ -39,7 +39,7 @@ def attention(
             for project in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
     else:
-        qkv = _qkv(attn, x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim)
+        qkv = packed_qkv(attn, x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if rope is not None:
@@ -55,7 +55,7 @@ def attention(
     return attend(attn, q, k, v, bias, gate), q, k
 
 
-def _qkv(attn: Any, x: Tensor) -> Tensor:
+def packed_qkv(attn: Any, x: Tensor) -> Tensor:
     """The packed projection; EVA's keys have no bias of their own."""
     if getattr(attn, "q_bias", None) is None:
         packed: Tensor = attn.qkv(x)

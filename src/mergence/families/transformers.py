@@ -1,15 +1,12 @@
-"""transformers' Vision Transformers: ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP.
+"""transformers' Vision Transformers: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, MAE and VideoMAE.
 
-Written against transformers 5.23, whose attention takes an additive mask in its "sdpa" and "eager"
-implementations alone. What the library calls a model is here the *tower* (`ViTModel`,
-`CLIPVisionModel`), and what it puts around one (`ViTForImageClassification`, `CLIPModel`) a
-*container*; both can be reduced.
+What the library calls a model is here the *tower* (`ViTModel`, `CLIPVisionModel`), and what it puts
+around one (`ViTForImageClassification`, `CLIPModel`) a *container*; both can be reduced.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -18,148 +15,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergence.errors import ReducedOutputError, UnsupportedModelError
-from mergence.families._common import (
-    Reduce,
-    linear_macs,
-    reduced_forward,
-    refuse_mask,
-    require_class,
-)
+from mergence.families._common import linear_macs, refuse_mask, require_class
 from mergence.families._transformers import (
-    CLIP,
     CONTAINERS,
-    DINO,
     REFUSED,
     TOWERS,
-    VIT,
-    Layout,
+    Container,
     Tower,
     tiny_models,
 )
+from mergence.families._transformers_blocks import BLOCK_MIXINS
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
-from mergence.state import Carry, Run, attach
-from mergence.step import BlockStep, Program
+from mergence.state import Run, attach
+from mergence.step import Program
 from mergence.surgery import original_class
 
 _ADDITIVE = ("sdpa", "eager")
-
-
-def attention(
-    attn: Any, x: Tensor, bias: Tensor | None, position_embeddings: Any = None, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward` of the library's attentions, restated because they do not give out q and k.
-
-    Returns:
-        The attention's output `[B, N, C]`, its queries and its keys `[B, H, N, D]`.
-    """
-    shape = (*x.shape[:-1], -1, attn.head_dim)
-    q, k, v = (
-        project(x).view(shape).transpose(1, 2)
-        for project in (attn.q_proj, attn.k_proj, attn.v_proj)
-    )
-    home = sys.modules[type(attn).__module__]
-    if position_embeddings is not None:
-        q, k = home.apply_rotary_pos_emb(q, k, *position_embeddings)
-    attend = home.ALL_ATTENTION_FUNCTIONS.get_interface(
-        attn.config._attn_implementation, home.eager_attention_forward
-    )
-    dropout = attn.attention_dropout if hasattr(attn, "attention_dropout") else attn.dropout
-    dropout = dropout if attn.training else 0.0
-    y, _ = attend(attn, q, k, v, bias, dropout=dropout, scaling=scale_of(attn), **options)
-    out = attn.o_proj if hasattr(attn, "o_proj") else attn.out_proj
-    return out(y.reshape(*x.shape[:-1], -1).contiguous()), q, k
-
-
-def scale_of(attn: Any) -> float:
-    """The factor on the logits of an attention."""
-    scale: float = attn.scaling if hasattr(attn, "scaling") else attn.scale
-    return scale
-
-
-def block_forward(
-    block: Any,
-    layout: Layout,
-    x: Tensor,
-    bias: Tensor | None,
-    reduce: Reduce,
-    **options: Any,
-) -> Tensor:
-    """`forward` of the library's blocks, restated with `reduce(x, q, k)` before the MLP."""
-    attn = getattr(block, layout.attention)
-    y, q, k = attention(attn, getattr(block, layout.norms[0])(x), bias, **options)
-    for name in layout.after[0]:
-        y = getattr(block, name)(y)
-    x = reduce(x + y, q, k)
-    y = block.mlp(getattr(block, layout.norms[1])(x))
-    for name in layout.after[1]:
-        y = getattr(block, name)(y)
-    out: Tensor = x + y
-    return out
-
-
-class ReducedBlock:
-    """Mixed into the library's blocks, by a subclass that says what they call their parts."""
-
-    _mergence_layout: ClassVar[Layout]
-
-    def forward(
-        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
-    ) -> Tensor:
-        """The block's forward, with fewer tokens after it where the schedule says so."""
-        step: BlockStep = self._mergence
-        dense: Any = super()
-        if step.program.run.disabled:
-            y: Tensor = dense.forward(hidden_states, attention_mask, **options)
-            return y
-        # While it is traced for export, the library writes out a mask that hides nothing.
-        if not torch.compiler.is_compiling():
-            refuse_mask(attention_mask is not None)
-        layout = self._mergence_layout
-
-        rope = options.pop("position_embeddings", None)
-
-        def placed(known: Carry) -> dict[str, Any]:
-            """The options, with the rotations of the tokens that there are."""
-            if rope is None:
-                return options
-            if known.position is None:
-                return options | {"position_embeddings": rope}
-            rows = tuple(table[known.position].unsqueeze(1) for table in rope)
-            return options | {"position_embeddings": rows}
-
-        return reduced_forward(
-            self,
-            hidden_states,
-            lambda x, known: dense.forward(x, known.bias, **placed(known)),
-            lambda x, known, reduce: block_forward(
-                self, layout, x, known.bias, reduce, **placed(known)
-            ),
-            scale_of(getattr(self, layout.attention)),
-        )
-
-
-class ReducedViTBlock(ReducedBlock):
-    """Mixed into the blocks of ViT and DeiT."""
-
-    _mergence_layout = VIT
-
-
-class ReducedDinoBlock(ReducedBlock):
-    """Mixed into the blocks of DINOv2 and DINOv3."""
-
-    _mergence_layout = DINO
-
-
-class ReducedClipBlock(ReducedBlock):
-    """Mixed into the blocks of CLIP and SigLIP."""
-
-    _mergence_layout = CLIP
-
-
-BLOCK_MIXINS = {
-    m._mergence_layout: m for m in (ReducedViTBlock, ReducedDinoBlock, ReducedClipBlock)
-}
 
 
 class ReducedTower:
@@ -181,7 +53,7 @@ class ReducedTower:
                 "original tokens, which are merged on the way. Leave it out, follow patches with "
                 "mergence.trace(model, images), or use mergence.disabled(model)."
             )
-        rows, columns = _grid(self.config, image.shape[-2:])
+        rows, columns = _grid(self.config, image.shape)
         program.counts(rows * columns)  # refuses a size at which the schedule cannot be followed
         with run.forward((rows, columns)):
             outputs = dense.forward(*inputs, **options)
@@ -194,6 +66,31 @@ class ReducedTower:
             return weighted, *outputs[1:]
         outputs.last_hidden_state = weighted
         return outputs
+
+
+class ReducedMaskingTower(ReducedTower):
+    """Mixed into towers that can leave patches out: the encoders of masked autoencoders."""
+
+    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
+        """The tower's forward on all patches, in raster order."""
+        image = inputs[0] if inputs else options.get(self.main_input_name)
+        if self._mergence.run.disabled or image is None:
+            return super().forward(*inputs, **options)
+        kind: Any = _entry(TOWERS, self)
+        masks: str = kind.masks
+        if len(inputs) > 1 or options.get(masks) is not None:
+            raise ReducedOutputError(
+                f"A reduced {type(self).__name__} was given `{masks}`, which leaves patches out or "
+                "puts them in another order. Call it with the images alone, or use "
+                "mergence.disabled(model)."
+            )
+        _require_all_patches(self.config, ReducedOutputError)
+        if masks == "noise":
+            # The library would shuffle the patches even where it drops none; this is its own way
+            # to leave them where they are.
+            patches = math.prod(_grid(self.config, image.shape))
+            options["noise"] = torch.arange(patches, device=image.device).expand(len(image), -1)
+        return super().forward(*inputs, **options)
 
 
 class ReducedHead:
@@ -245,21 +142,39 @@ def _times_size(x: Tensor, size: Tensor) -> Tensor:
     return x * F.pad(factor, (prefix, 0), value=1.0).to(x.dtype).unsqueeze(2)
 
 
-def _grid(config: Any, size: Any) -> tuple[int, int]:
-    """Patch rows and columns of images of a size."""
+def _grid(config: Any, shape: Any) -> tuple[int, int]:
+    """Patch rows and columns of inputs of a shape; a video's frames lie below each other."""
     if hasattr(config, "num_mel_bins"):  # spectrograms, all of one size, whose patches overlap
         side = config.patch_size
         return (
             (config.num_mel_bins - side) // config.frequency_stride + 1,
             (config.max_length - side) // config.time_stride + 1,
         )
-    (height, width), (rows, columns) = _pair(size), _pair(config.patch_size)
-    return height // rows, width // columns
+    (height, width), (rows, columns) = shape[-2:], _pair(config.patch_size)
+    frames = shape[-4] // config.tubelet_size if hasattr(config, "tubelet_size") else 1
+    return frames * (height // rows), width // columns
+
+
+def _input_shape(config: Any) -> tuple[int, ...]:
+    """The shape of one input of a model's own size."""
+    if hasattr(config, "num_mel_bins"):
+        return config.max_length, config.num_mel_bins
+    image = (config.num_channels, *_pair(config.image_size))
+    return (config.num_frames, *image) if hasattr(config, "num_frames") else image
 
 
 def _pair(side: Any) -> tuple[int, int]:
     rows, columns = side if isinstance(side, (list, tuple)) else (side, side)
     return rows, columns
+
+
+def _require_all_patches(config: Any, error: type[Exception]) -> None:
+    if getattr(config, "mask_ratio", 0):
+        raise error(
+            f"The model drops {config.mask_ratio:.0%} of the patches at random "
+            f"(mask_ratio={config.mask_ratio:g}). Set model.config.mask_ratio = 0.0, or load "
+            "the checkpoint with mask_ratio=0.0, to encode whole images."
+        )
 
 
 def _require_additive(config: Any, error: type[Exception]) -> None:
@@ -278,15 +193,15 @@ class Transformers(Family):
     supported: ClassVar[str] = (
         "transformers' ViT, DeiT, DINOv2 with and without registers, DINOv3, and the vision "
         "towers of CLIP and SigLIP (SigLIP 2 too, where its checkpoints load as SigLIP), alone, "
-        "with a classifier, and inside CLIPModel and SiglipModel; Audio Spectrogram Transformer"
+        "with a classifier, and inside CLIPModel and SiglipModel; the encoder of ViT-MAE on whole "
+        "images; VideoMAE; Audio Spectrogram Transformer"
     )
 
     refused: ClassVar[Mapping[str, str]] = REFUSED
 
     def inspect(self, model: Any) -> ModelSpec:
         """Read a model of transformers; see `Family.inspect`."""
-        container = _entry(CONTAINERS, model)
-        tower = model if container is None else getattr(model, container.tower)
+        container, tower = _opened(model)
         kind = _entry(TOWERS, tower)
         if kind is None:
             raise UnsupportedModelError(
@@ -294,6 +209,13 @@ class Transformers(Family):
                 f"{qualified_names(original_class(tower))[0]}. Known: {self.supported}."
             )
         _require_additive(tower.config, UnsupportedModelError)
+        _require_all_patches(tower.config, UnsupportedModelError)
+        if container is not None and getattr(model.config, "use_mean_pooling", True) is False:
+            raise UnsupportedModelError(
+                f"The head of this {type(model).__name__} reads the token of the first patch "
+                "(use_mean_pooling=False), which may be merged with others. Use a checkpoint with "
+                "use_mean_pooling=True, or apply to the model without its head."
+            )
         blocks = tuple(tower.get_submodule(kind.blocks))
         for index, block in enumerate(blocks, start=1):
             attn = getattr(block, kind.layout.attention, block)
@@ -301,7 +223,9 @@ class Transformers(Family):
             require_class(block, f"{home}.{kind.block}", f"Block {index} {where}", self.supported)
             what = f"The attention of block {index} {where}"
             require_class(attn, f"{home}.{kind.attention}", what, self.supported)
-        parts: list[tuple[nn.Module, type]] = [(tower, ReducedTower)]
+        parts: list[tuple[nn.Module, type]] = [
+            (tower, ReducedMaskingTower if kind.masks else ReducedTower)
+        ]
         head = getattr(tower, kind.head, None) if kind.head else None
         if head is not None:
             parts.append((head, ReducedHead))
@@ -311,7 +235,7 @@ class Transformers(Family):
         heads = [getattr(model, name) for name in container.heads] if container else []
         return ModelSpec(
             blocks=blocks,
-            patches=math.prod(_grid(tower.config, getattr(tower.config, "image_size", ()))),
+            patches=math.prod(_grid(tower.config, _input_shape(tower.config))),
             cost=_cost(tower, kind, head, heads),
             block_mixin=BLOCK_MIXINS[kind.layout],
             parts=tuple(parts),
@@ -322,6 +246,10 @@ class Transformers(Family):
         """Tiny random models, one for each kind covered."""
         return tiny_models()
 
+    def input_shape(self, model: Any) -> tuple[int, ...]:
+        """The shape of one input of a tiny model: an image, or the frames of a video."""
+        return _input_shape(_opened(model)[1].config)
+
 
 EntryT = TypeVar("EntryT")
 
@@ -330,10 +258,15 @@ def _entry(table: Mapping[str, EntryT], model: nn.Module) -> EntryT | None:
     return next((table[name] for name in qualified_names(type(model)) if name in table), None)
 
 
+def _opened(model: Any) -> tuple[Container | None, Any]:
+    """What a model puts around a tower, None where it is one, and the tower."""
+    container = _entry(CONTAINERS, model)
+    return container, model if container is None else getattr(model, container.tower)
+
+
 def _cost(tower: Any, kind: Tower, head: Any, heads: list[nn.Module]) -> ModelCost:
     config, layout = tower.config, kind.layout
     blocks = tuple(tower.get_submodule(kind.blocks))
-    attentions = [getattr(block, layout.attention) for block in blocks]
     after = sum(map(linear_macs, heads))
     if getattr(tower, "pooler", None) is not None:
         after += linear_macs(tower.pooler)
@@ -346,19 +279,19 @@ def _cost(tower: Any, kind: Tower, head: Any, heads: list[nn.Module]) -> ModelCo
     return ModelCost(
         blocks=tuple(
             BlockCost(
-                attention=linear_macs(attn),
-                mlp=linear_macs(block.mlp),
+                attention=linear_macs(getattr(block, layout.attention)),
+                mlp=sum(linear_macs(getattr(block, name)) for name in layout.mlp),
                 width=config.hidden_size,
             )
-            for block, attn in zip(blocks, attentions, strict=True)
+            for block in blocks
         ),
         prefix=kind.prefix + getattr(config, "num_register_tokens", 0),
         dim=config.hidden_size,
-        head_dim=attentions[0].head_dim,
+        head_dim=getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
         stem=sum(p.numel() for p in tower.get_submodule(kind.stem).parameters() if p.ndim > 1),
         head=after,
         head_per_token=per_token,
-        rotary=kind.rotary,
+        placed=kind.rotary,
     )
 
 

@@ -77,7 +77,14 @@ def _class(name: str, config: Any) -> Any:
         raise UnsupportedModelError(
             f"'hf:{name}' was saved from the class {saved}. Known: {family.supported}."
         )
-    return getattr(transformers, _TOWERS.get(saved, saved))
+    cls = getattr(transformers, _TOWERS.get(saved, saved))
+    if "image" not in (takes := cls.input_modalities):
+        takes = takes if isinstance(takes, str) else " and ".join(takes)
+        raise UnsupportedModelError(
+            f"'hf:{name}' was saved from the class {saved}, which takes {takes}; what is loaded by "
+            "name takes images. Load it in Python and use mergence.apply."
+        )
+    return cls
 
 
 def _unavailable(name: str, error: Exception) -> CheckpointError:
