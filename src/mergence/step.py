@@ -204,11 +204,7 @@ class BlockStep:
         Returns:
             `[B, P + slots, C]` and what is known about these tokens.
         """
-        method, prefix, observer = (
-            self.program.method,
-            self.program.prefix,
-            self.program.run.observer,
-        )
+        method, prefix, run = self.program.method, self.program.prefix, self.program.run
         if learned is not None:
             if carry.grid is None:
                 raise ReducedOutputError(
@@ -216,22 +212,25 @@ class BlockStep:
                     "the patch grid. Call the model's forward or forward_features."
                 )
             x = torch.cat((x[:, :prefix], learned(x[:, prefix:], carry.grid)), dim=1)
+            run.lap("learned")
         patches, size = x[:, prefix:], carry.size
         if size is None:
             size = torch.ones(patches.shape[:2], device=x.device)
         # Autocast would turn the merge's output, and so the residual stream, to half precision.
         with torch.autocast(x.device.type, enabled=False):
             importance = keys = received = position = None
-            if "importance" in self.program.needs or observer is not None:
+            if "importance" in self.program.needs or run.observer is not None:
                 query = q[:, :, :1] if prefix else q.mean(dim=2, keepdim=True)
                 importance = attention_from(query, k, scale, carry.bias)[:, prefix:]
             if "keys" in method.needs:
                 keys = k[:, :, prefix:].mean(dim=1)
             if "received" in method.needs:
                 received = attention_received(q, k, scale, carry.bias)[:, prefix:]
+            run.lap("scoring")
             block, depth = self.index + 1, self.program.depth
             view = TokenView(patches, size, block, depth, importance, keys, received)
             plan = method.plan(view, slots)
+            run.lap("planning")
             merged, merged_size = ops.merge(x, size, plan, prefix)
             bias = None
             if method.size_attention:
@@ -242,8 +241,9 @@ class BlockStep:
                     position = carry.position.gather(1, position)
         slot_maps = (*carry.slots, plan.slot)
         after = replace(carry, size=merged_size, bias=bias, position=position, slots=slot_maps)
-        if observer is not None:
-            observer.reduced(self.index + 1, after, plan, importance)
+        run.lap("merging")
+        if run.observer is not None:
+            run.observer.reduced(self.index + 1, after, plan, importance)
         return merged, after
 
 
