@@ -25,7 +25,8 @@ class Program:
     Attributes:
         method: The method.
         schedule: How many tokens stay.
-        align: Multiple that token counts are rounded to.
+        align: Multiple that token counts are rounded to; None leaves it to the device.
+        device: Type of the device that the model was on when the method was applied.
         cost: What the model's MACs depend on.
         patches: Patches at the model's own input size.
         learned: MACs of the method's learned module as a function of tokens, or None.
@@ -34,7 +35,8 @@ class Program:
 
     method: Method
     schedule: Schedule
-    align: int
+    align: int | None
+    device: str
     cost: ModelCost
     patches: int
     learned: Callable[[int], int] | None = None
@@ -50,6 +52,11 @@ class Program:
     def prefix(self) -> int:
         """Number of prefix tokens."""
         return self.cost.prefix
+
+    @property
+    def multiple(self) -> int:
+        """The multiple that token counts are rounded to."""
+        return self.align or self.schedule.align_on(self.device)
 
     def counts(self, patches: int | None = None) -> tuple[int, ...]:
         """Patch tokens after each block, for an image of so many patches.
@@ -72,7 +79,7 @@ class Program:
             tokens=patches,
             depth=self.depth,
             prefix=self.prefix,
-            align=self.align,
+            align=self.multiple,
             fewest=self.method.fewest_slots,
             share=lambda counts: self._macs_at(patches, counts).total / dense,
         )
