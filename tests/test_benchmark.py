@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import mergence
-from mergence import demo
+from mergence import demo, family
 from mergence.benchmark import Row, bench, judged, row_of, take_turns
 from mergence.errors import OptionError
 from mergence.recipe import make
@@ -91,6 +93,20 @@ def test_a_real_run_has_a_row_for_each_setting_and_leaves_the_model_alone() -> N
     assert result.rows[0].speedup == 1
     assert result.rows[1].macs_ratio == pytest.approx(0.5, abs=0.01)
     assert mergence.recipe_of(loaded.model).method.name == "tome"
+
+
+@pytest.mark.slow
+def test_more_models_can_be_compiled_than_one_code_object_may_have_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traced = partial(torch.compile, fullgraph=True, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda call, **options: traced(call))
+    model: Any = family.registry()["timm"].tiny()["vit"]()
+    model.blocks = model.blocks[:1]
+    recipes = {str(n): make("topk", schedule=[36 - n]) for n in range(1, 10)}
+    size, modes = (3, 96, 96), ("compile",)
+    result = bench(model, recipes, input_size=size, batches=(1,), modes=modes, seconds=0, rounds=2)
+    assert [row.name for row in result.rows] == ["dense", *recipes]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 import mergence
-from mergence import family
+from mergence import family, schedule
 from mergence.errors import MergenceError, OptionError, RecipeError
 from mergence.method import build
 from mergence.recipe import Recipe, make
@@ -60,6 +60,45 @@ def test_what_was_applied_can_be_saved_and_applied_from_the_file(
 def test_align_given_beside_a_recipe_replaces_its_own() -> None:
     assert make(RECIPE, align=4).align == 4
     assert make(RECIPE) == RECIPE
+
+
+@pytest.mark.parametrize(
+    ("recipe", "cpu", "cuda"),
+    [
+        (make(macs=0.67), 1, 8),
+        (make(macs=0.67, align=1), 1, 1),
+        (make(macs=0.67, align=16), 16, 16),
+        (make("tome", r=2), 1, 1),
+        (make("evit", keep_rate=0.7), 1, 1),
+        (make("evit", schedule=[36, 30, 20, 10, 10, 10]), 1, 1),
+        (make("evit", keep_rate=0.7, align=8), 8, 8),
+    ],
+)
+def test_alignment_that_nobody_asks_for_depends_on_the_device_and_the_schedule(
+    recipe: Recipe, cpu: int, cuda: int
+) -> None:
+    assert (recipe.on("cpu").align, recipe.on("cuda").align) == (cpu, cuda)
+
+
+def test_the_alignment_of_the_device_is_applied_and_described_and_the_recipe_keeps_its_own(
+    vit: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = mergence.describe(mergence.apply(vit, macs=0.67))
+    assert exact.align == exact.to_dict()["align"] == 1
+    assert "multiples" not in str(exact)
+    monkeypatch.setitem(schedule.ALIGN, "cpu", 8)  # as if this were CUDA
+    found = mergence.describe(mergence.apply(vit, macs=0.67))
+    assert found.counts != exact.counts
+    assert all((n + 1) % 8 == 0 for n in found.counts if n < 36)
+    assert found.macs_ratio <= 0.67
+    assert found.align == 8
+    assert "(+ 1 prefix, in multiples of 8)" in str(found)
+    assert mergence.recipe_of(vit).align is None
+    mergence.apply(vit, mergence.recipe_of(vit), align=1)
+    assert mergence.describe(vit).counts == exact.counts
+    # Counts are followed as they are.
+    mergence.apply(vit, schedule=[36, 30, 20, 10, 10, 10])
+    assert mergence.describe(vit).counts == (36, 30, 20, 10, 10, 10)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ HERE = Path(__file__).parents[1] / "benchmarks" / "speed"
 
 @pytest.mark.slow
 def test_timings_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "this-machine.json"
+    out = tmp_path / "results" / "this-machine.json"
     run = runpy.run_path(str(HERE / "run.py"))
     few = run["Case"]("deit_tiny_patch16_224", (1,), (torch.float32,), ("eager",))
     main = run["main"]
@@ -23,14 +24,37 @@ def test_timings_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     what = ("--device", "cpu", "--seconds", "0", "--rounds", "2", "--out", str(out))
     monkeypatch.setattr(sys, "argv", ["run.py", *what])
     main()
-    rows = json.loads(out.read_text())["tables"][0]["rows"]
+    result = json.loads(out.read_text())
+    assert result["align"] == 1
+    rows = result["tables"][0]["rows"]
     assert [row["name"] for row in rows] == ["dense"] + [
         f"{method}@{budget}" for budget in ("0.67", "0.5") for method in run["METHODS"]
     ]
     assert all(abs(r["macs_ratio"] - 0.67) < 0.02 for r in rows if r["name"].endswith("0.67"))
-    folders = ("--results", str(tmp_path), "--docs", str(tmp_path))
+    readme = tmp_path / "README.md"
+    mark = "<!-- {}speed{} -->".format
+    start, end = mark("", ": made by benchmarks/speed/render.py"), mark("/", "")
+    readme.write_text(f"before\n{start}\nold\n{end}\nafter\n")
+    folders = ("--results", str(out.parent), "--docs", str(tmp_path), "--readme", str(readme))
     monkeypatch.setattr(sys, "argv", ["render.py", *folders])
     runpy.run_path(str(HERE / "render.py"), run_name="__main__")
     page = (tmp_path / "speed.md").read_text()
     assert "| 0.67 of the MACs | dense ms | `mergence` | `mstm` | `tome` | `evit` |" in page
     assert "| float32, eager, batch 1 |" in page
+    costs = r"\d+\.\d \+ \d+\.\d \+ \d+\.\d %"
+    assert re.search(rf"\| reducing, float32, batch 1 \| \| {costs} \|", page)
+    text = readme.read_text()
+    assert text.startswith(f"before\n{start}\nHow many times faster")
+    assert "\n\n| cpu (" in text
+    assert "| eager, 0.67 | eager, 0.5 |\n|---|---|---|\n| `deit_tiny_patch16_224`, float32" in text
+    assert text.endswith(f"{end}\nafter\n")
+    assert "old" not in text
+
+
+def test_without_results_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["render.py", "--results", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(HERE / "render.py"), run_name="__main__")
+    assert "make one with run.py" in capsys.readouterr().err

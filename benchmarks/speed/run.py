@@ -5,7 +5,8 @@
 Takes the suite of the device that is there: on a CPU float32, and bfloat16 where the CPU has the
 arithmetic for it; on CUDA bfloat16, with CUDA graphs as well. Weights are random, which changes no
 time: the work of a reduced model depends on the schedule alone. In each setting the dense model and
-all reductions take turns. `render.py` turns the results into docs/speed.md.
+all reductions take turns; at last all are profiled in eager mode. `render.py` turns the results
+into docs/speed.md and the table of the README.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mergence.benchmark import bench
 from mergence.devices import emulated
 from mergence.models import load_model
 from mergence.recipe import make
+from mergence.schedule import ALIGN
 
 BUDGETS = (0.67, 0.5)
 METHODS = ("mergence", "mstm", "tome", "evit")
@@ -63,6 +65,7 @@ def main() -> None:
     """Time, print, write the JSON after each table, so that an interrupted run keeps its tables."""
     arguments = _arguments()
     device = torch.device(arguments.device)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {
@@ -73,13 +76,14 @@ def main() -> None:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "mergence": mergence.__version__,
-        "align": arguments.align,
+        "align": arguments.align or ALIGN.get(device.type, 1),
         "left_out": [],
         "tables": [],
     }
     for case in SUITES[device.type]:
         if arguments.models and case.model not in arguments.models:
             continue
+        modes = [mode for mode in case.modes if mode in (arguments.modes or case.modes)]
         for dtype in case.dtypes:
             if emulated(device, dtype):
                 name = str(dtype).removeprefix("torch.")
@@ -88,17 +92,18 @@ def main() -> None:
             torch.manual_seed(0)
             loaded = load_model(f"timm-random:{case.model}")
             with Progress() as bar:
-                task = bar.add_task(case.model, total=len(case.modes) * len(case.batches))
+                task = bar.add_task(case.model, total=(len(modes) + 1) * len(case.batches))
                 table = bench(
                     loaded.model,
                     dict(_recipes(arguments.align)),
                     input_size=loaded.input_size,
                     batches=case.batches,
                     dtypes=(dtype,),
-                    modes=case.modes,
+                    modes=modes,
                     device=device,
                     seconds=arguments.seconds,
                     rounds=arguments.rounds,
+                    profile=True,
                     model_name=case.model,
                     progress=lambda settings, bar=bar, task=task: bar.advance(task, settings),
                 )
@@ -106,7 +111,7 @@ def main() -> None:
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _recipes(align: int) -> Iterator[tuple[str, mergence.Recipe]]:
+def _recipes(align: int | None) -> Iterator[tuple[str, mergence.Recipe]]:
     for budget in BUDGETS:
         for name in METHODS:
             yield f"{name}@{budget:g}", make(name, macs=budget, align=align)
@@ -116,7 +121,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="*", help="only these models of the suite")
-    parser.add_argument("--align", type=int, default=1, help="multiple that token counts keep to")
+    parser.add_argument("--modes", nargs="*", help="only these modes of the suite")
+    parser.add_argument("--align", type=int, help="token counts in multiples of this")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each setting, or longer")
     parser.add_argument("--rounds", type=int, default=7, help="turns in each setting at least")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")

@@ -53,7 +53,9 @@ def apply(
         keep_rate: Share of the tokens to keep at blocks 4, 7 and 10 of 12.
         r: Tokens to remove after each block.
         schedule: A schedule, or the list of patch tokens left after each block.
-        align: Round token counts, prefix included, to multiples of this.
+        align: Round token counts, prefix included, to multiples of this. Left out, it is 8 where
+            `macs` is given and the model is on CUDA, whose attention is slow at other counts, and
+            otherwise 1. So move a model to its device before this.
         **options: The options of the method, when it is given by name.
 
     Returns:
@@ -76,6 +78,7 @@ def apply(
         method=recipe.method,
         schedule=recipe.schedule,
         align=recipe.align,
+        device=next(spec.blocks[0].parameters()).device.type,
         cost=spec.cost,
         patches=spec.patches,
         learned=None if learned is None else learned.macs,
@@ -187,6 +190,7 @@ def describe(model: nn.Module) -> Description:
         schedule=program.schedule,
         patches=program.patches,
         prefix=program.prefix,
+        align=program.multiple,
         counts=program.counts(),
         dense=program.macs(dense=True),
         reduced=program.macs(),

@@ -30,18 +30,31 @@ class Recipe:
         method: The method with its options.
         schedule: How many tokens stay after each block.
         align: Token counts, prefix included, are rounded to multiples of this. 1 rounds nothing.
+            None leaves it to the device: see `on`.
         notes: Free JSON values: where the recipe comes from, what it was measured at.
     """
 
     method: Method
     schedule: Schedule
-    align: int = 1
+    align: int | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         align: Any = self.align  # may come from JSON
-        if not isinstance(align, int) or align < 1:
-            raise OptionError(f"align is {self.align!r}; give a whole number of at least 1.")
+        if align is not None and (not isinstance(align, int) or align < 1):
+            raise OptionError(
+                f"align is {self.align!r}; give a whole number of at least 1, or leave it out."
+            )
+
+    def on(self, device: str) -> Recipe:
+        """The recipe with `align` filled in for a type of device, `cpu` or `cuda`.
+
+        Where the schedule is a share of the MACs, counts become multiples of 8 on CUDA. Schedules
+        that state the counts, or how they are made, are followed as they are.
+        """
+        if self.align is not None:
+            return self
+        return dataclasses.replace(self, align=self.schedule.align_on(device))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
@@ -92,7 +105,7 @@ class Recipe:
         return cls(
             method=methods.from_dict(data["method"]),
             schedule=schedules.from_dict(data.get("schedule", {})),
-            align=data.get("align", 1),
+            align=data.get("align"),
             notes=notes,
         )
 
@@ -157,7 +170,7 @@ def make(
             f"{type(method).__name__}(...) holds its own options; {', '.join(options)} cannot be "
             f"given beside it. Write {type(method).__name__}({next(iter(options))}=...)."
         )
-    return Recipe(method, _schedule(method, given), 1 if align is None else align)
+    return Recipe(method, _schedule(method, given), align)
 
 
 def _schedule(method: Method, given: dict[str, Any]) -> Schedule:

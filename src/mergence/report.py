@@ -21,6 +21,7 @@ class Description:
         schedule: The schedule.
         patches: Patch tokens before the first block.
         prefix: Prefix tokens, never reduced.
+        align: Multiple that token counts, prefix included, are rounded to.
         counts: Patch tokens after each block.
         dense: MACs of one image without reduction.
         reduced: MACs of one image with it.
@@ -32,6 +33,7 @@ class Description:
     schedule: Schedule
     patches: int
     prefix: int
+    align: int
     counts: tuple[int, ...]
     dense: Macs
     reduced: Macs
@@ -50,6 +52,7 @@ class Description:
             "schedule": self.schedule.to_dict(),
             "patches": self.patches,
             "prefix": self.prefix,
+            "align": self.align,
             "counts": list(self.counts),
             "gmacs_dense": self.dense.total / 1e9,
             "gmacs": self.reduced.total / 1e9,
@@ -60,10 +63,11 @@ class Description:
         reduced = self.reduced
         overhead = reduced.importance + reduced.planning + reduced.merging + reduced.learned
         counts = " ".join(map(str, self.counts))
+        multiples = f", in multiples of {self.align}" if self.align > 1 else ""
         before, after = self.dense.total / 1e9, reduced.total / 1e9
         return (
             f"{self.model} ({self.family}) with {self.method}\n"
-            f"  patch tokens  {self.patches} → {counts}  (+ {self.prefix} prefix)\n"
+            f"  patch tokens  {self.patches} → {counts}  (+ {self.prefix} prefix{multiples})\n"
             f"  MACs          {before:.3f} G → {after:.3f} G  "
             f"({self.macs_ratio:.1%}; {overhead / self.dense.total:.2%} for reducing)"
         )

@@ -9,7 +9,7 @@ runs again during the backward pass, possibly in another thread).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +75,7 @@ class Run(threading.local):
         carry: What is known about the tokens now; None before the first block that looks.
         grid: Patch rows and columns of the images of this forward.
         observer: Receives each reduction while tracing; see `mergence.tracing`.
+        clock: Told of the end of each part of a forward while profiling; see `mergence.profiling`.
         disabled: Run the model as if nothing were applied.
         averaged: The tower's tokens go into a plain mean outside of it; see `averaging`.
     """
@@ -86,6 +87,7 @@ class Run(threading.local):
         self.carry: Carry | None = None
         self.grid: tuple[int, int] | None = None
         self.observer: Any = None
+        self.clock: Callable[[str], None] | None = None
         self.disabled: bool = False
         self.averaged: bool = False
 
@@ -121,6 +123,11 @@ class Run(threading.local):
             yield
         finally:
             self.averaged = False
+
+    def lap(self, part: str) -> None:
+        """Say that all since the last lap was this part of the forward; see `profiling.PARTS`."""
+        if self.clock is not None:
+            self.clock(part)
 
     def known(self) -> Carry | None:
         """What is known about the tokens now; before any reduction, that they are all there."""

@@ -25,7 +25,8 @@ class Program:
     Attributes:
         method: The method.
         schedule: How many tokens stay.
-        align: Multiple that token counts are rounded to.
+        align: Multiple that token counts are rounded to; None leaves it to the device.
+        device: Type of the device that the model was on when the method was applied.
         cost: What the model's MACs depend on.
         patches: Patches at the model's own input size.
         learned: MACs of the method's learned module as a function of tokens, or None.
@@ -34,7 +35,8 @@ class Program:
 
     method: Method
     schedule: Schedule
-    align: int
+    align: int | None
+    device: str
     cost: ModelCost
     patches: int
     learned: Callable[[int], int] | None = None
@@ -50,6 +52,11 @@ class Program:
     def prefix(self) -> int:
         """Number of prefix tokens."""
         return self.cost.prefix
+
+    @property
+    def multiple(self) -> int:
+        """The multiple that token counts are rounded to."""
+        return self.align or self.schedule.align_on(self.device)
 
     def counts(self, patches: int | None = None) -> tuple[int, ...]:
         """Patch tokens after each block, for an image of so many patches.
@@ -72,7 +79,7 @@ class Program:
             tokens=patches,
             depth=self.depth,
             prefix=self.prefix,
-            align=self.align,
+            align=self.multiple,
             fewest=self.method.fewest_slots,
             share=lambda counts: self._macs_at(patches, counts).total / dense,
         )
@@ -207,11 +214,7 @@ class BlockStep:
         Returns:
             `[B, P + slots, C]` and what is known about these tokens.
         """
-        method, prefix, observer = (
-            self.program.method,
-            self.program.prefix,
-            self.program.run.observer,
-        )
+        method, prefix, run = self.program.method, self.program.prefix, self.program.run
         if learned is not None:
             if carry.grid is None:
                 raise ReducedOutputError(
@@ -219,6 +222,7 @@ class BlockStep:
                     "the patch grid. Call the model's forward or forward_features."
                 )
             x = torch.cat((x[:, :prefix], learned(x[:, prefix:], carry.grid)), dim=1)
+            run.lap("learned")
         patches, size = x[:, prefix:], carry.size
         if size is None:
             size = torch.ones(patches.shape[:2], device=x.device)
@@ -229,16 +233,18 @@ class BlockStep:
             if pairs is not None:
                 added = pairs if carry.bias is None else pairs + carry.bias
                 row = added[..., :1, :] if prefix else added.mean(dim=-2, keepdim=True)
-            if "importance" in self.program.needs or observer is not None:
+            if "importance" in self.program.needs or run.observer is not None:
                 query = q[:, :, :1] if prefix else q.mean(dim=2, keepdim=True)
                 importance = attention_from(query, k, scale, row)[:, prefix:]
             if "keys" in method.needs:
                 keys = k[:, :, prefix:].mean(dim=1)
             if "received" in method.needs:
                 received = attention_received(q, k, scale, added)[:, prefix:]
+            run.lap("scoring")
             block, depth = self.index + 1, self.program.depth
             view = TokenView(patches, size, block, depth, importance, keys, received)
             plan = method.plan(view, slots)
+            run.lap("planning")
             merged, merged_size = ops.merge(x, size, plan, prefix)
             bias = None
             if method.size_attention:
@@ -249,8 +255,9 @@ class BlockStep:
                     position = carry.position.gather(1, position)
         slot_maps = (*carry.slots, plan.slot)
         after = replace(carry, size=merged_size, bias=bias, position=position, slots=slot_maps)
-        if observer is not None:
-            observer.reduced(self.index + 1, after, plan, importance)
+        run.lap("merging")
+        if run.observer is not None:
+            run.observer.reduced(self.index + 1, after, plan, importance)
         return merged, after
 
 

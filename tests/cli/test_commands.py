@@ -82,7 +82,20 @@ def test_bench_prints_a_verdict_and_writes_the_documented_json(tmp_path: Path) -
     keys = {"name", "batch", "dtype", "mode", "ms", "images_per_s", "speedup", "macs_ratio"}
     assert data["rows"][0].keys() >= keys | {"of_ideal", "peak_mib"}
     assert [row["batch"] for row in data["rows"]] == [1, 1, 2, 2]
+    assert data["profiles"] == []
     assert "verdict" in result.output
+
+
+def test_bench_says_where_the_time_goes(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    command = ("bench", "demo", "--macs", "0.5", "--batch-size", "1", "--profile")
+    result = run(*command, "--seconds", "0", "--json", out)
+    assert result.exit_code == 0, result.output
+    assert "where the time goes: float32, eager, batch 1" in result.output
+    dense, reduced = json.loads(out.read_text())["profiles"]
+    assert dense.keys() == {"name", "batch", "dtype", "ms", "share"}
+    assert (dense["name"], reduced["name"]) == ("dense", "mergence")
+    assert reduced["ms"]["planning"] > dense["ms"]["planning"] == 0
 
 
 def test_list_shows_every_method_and_family(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from mergence.calibration.probe import Probe
 from mergence.data import Batch
 from mergence.distances import kl_divergence
 from mergence.method import build
+from mergence.step import program_of
 
 
 @torch.no_grad()
@@ -47,3 +48,21 @@ def test_a_measurement_that_starts_late_is_that_of_the_whole_model(
     found = probe.mean(kl_divergence, build("mergence", {}), counts)
     assert found == pytest.approx(direct, abs=1e-6)
     assert direct > 0
+
+
+@torch.no_grad()
+def test_profiling_finds_the_parts_of_every_block_and_changes_no_answer(
+    dense: nn.Module, image: Tensor, output: Any
+) -> None:
+    mergence.apply(dense, schedule=[36, 36, 20, 20, 9, 9])
+    expected = output(dense, image)
+    run, laps = program_of(dense).run, list[str]()
+    run.clock = laps.append
+    try:
+        found = output(dense, image)
+    finally:
+        run.clock = None
+    torch.testing.assert_close(found, expected)
+    gentle = ["rest", "attention", "mlp"]
+    reducing = ["rest", "attention", "scoring", "planning", "merging", "mlp"]
+    assert laps == [*gentle, *gentle, *reducing, *gentle, *reducing, *gentle]

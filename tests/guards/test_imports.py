@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe",),
     ("api",),
     ("data", "sources", "devices", "distances", "models", "regions"),
-    ("saving",),
+    ("saving", "profiling"),
     ("benchmark", "evaluation", "calibration", "frontier", "visualize", "train", "demo"),
     ("exporting",),
     ("__init__",),

@@ -1,12 +1,14 @@
-"""The merge kernel against the readable operator; see conftest for where it runs."""
+"""The merge kernel against the CPU operator; see conftest for where it runs."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from mergence.ops import dense, fused, reference
+from mergence.ops import cpu, dense, fused
 from mergence.plan import DROPPED, MergePlan
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -49,7 +51,7 @@ def check(
     size = torch.randint(1, 9, (batch, count)).float().to(place)
     plan = random_plan(batch, count, slots, place, keep_norm=keep_norm)
     merged, merged_size = fused.merge(x, size, plan, prefix)
-    expected, expected_size = reference.merge(x, size, plan, prefix)
+    expected, expected_size = cpu.merge(x, size, plan, prefix)
     assert merged.dtype == dtype
     assert merged.shape == expected.shape
     assert torch.equal(merged[:, :prefix], x[:, :prefix])
@@ -59,7 +61,7 @@ def check(
 
 @KINDS
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_agrees_with_the_reference(
+def test_it_agrees_with_the_eager_operator(
     shape: tuple[int, int, int, int, int], dtype: torch.dtype, place: torch.device, keep_norm: bool
 ) -> None:
     check(shape, dtype, place, keep_norm)
@@ -69,7 +71,7 @@ def test_it_agrees_with_the_reference(
 @pytest.mark.parametrize(
     ("shape", "dtype"), list(zip(LARGE, (torch.bfloat16, torch.float32), strict=True)), ids=str
 )
-def test_it_agrees_with_the_reference_on_large_inputs(
+def test_it_agrees_with_the_eager_operator_on_large_inputs(
     shape: tuple[int, int, int, int, int], dtype: torch.dtype, place: torch.device
 ) -> None:
     check(shape, dtype, place, keep_norm=True)
@@ -113,17 +115,18 @@ def test_it_takes_tokens_in_any_layout(place: torch.device) -> None:
     x = tokens((2, 12, 24), torch.float32, place)
     for view in (x[:, 1:], x.mT.contiguous().mT[:, 1:]):
         merged, _ = fused.merge(view, size, plan, 1)
-        assert relative(merged, reference.merge(view, size, plan, 1)[0]) < 1e-5
+        assert relative(merged, cpu.merge(view, size, plan, 1)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("keep_norm", [False, True])
-def test_its_gradients_are_those_of_the_dense_operator(
-    place: torch.device, keep_norm: bool
+@pytest.mark.parametrize("other", [fused, cpu], ids=["fused", "cpu"])
+def test_gradients_are_those_of_the_dense_operator(
+    place: torch.device, other: ModuleType, keep_norm: bool
 ) -> None:
     plan = random_plan(2, 12, 5, place, keep_norm=keep_norm)
     x, towards = tokens((2, 13, 24), torch.float32, place), torch.randn(2, 6, 24, device=place)
     found = []
-    for implementation in (fused, dense):
+    for implementation in (other, dense):
         leaves = [t.clone().requires_grad_() for t in (x, torch.ones_like(plan.weight))]
         weight = plan.weight.clone().requires_grad_()
         merged, size = implementation.merge(

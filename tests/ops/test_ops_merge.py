@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergence.ops import dense, merge, reference
+from mergence.ops import cpu, dense, merge
 from mergence.plan import DROPPED, MergePlan
 
 Merge = Callable[..., tuple[Tensor, Tensor]]
-IMPLEMENTATIONS = {"dense": dense.merge, "reference": reference.merge}
+IMPLEMENTATIONS = {"dense": dense.merge, "cpu": cpu.merge}
 
 
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)

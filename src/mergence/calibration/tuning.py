@@ -28,7 +28,7 @@ from mergence.distances import (
 from mergence.errors import DataError, OptionError, ScheduleError
 from mergence.method import Method, build
 from mergence.recipe import Recipe
-from mergence.schedule import Counts, KeepRate, Macs
+from mergence.schedule import ALIGN, Counts, KeepRate, Macs
 from mergence.step import program_of
 
 OBJECTIVES: dict[Objective, tuple[Distance, Distance]] = {
@@ -46,7 +46,7 @@ def calibrate(
     latency: float | None = None,
     method: str | Method = "mergence",
     points: int = 4,
-    align: int = 1,
+    align: int | None = None,
     images: int = 512,
     trials: int = 24,
     tune: bool = True,
@@ -75,7 +75,8 @@ def calibrate(
             size of the first batch. The MACs that meet it are found by timing.
         method: A method, or the name of one.
         points: How many blocks may reduce. Each costs time, so few are better.
-        align: Token counts, prefix included, are multiples of this.
+        align: Token counts, prefix included, are multiples of this. None takes 8 on CUDA, where
+            attention is slow at other counts, and elsewhere 1.
         images: How many images to use at most.
         trials: How many options and schedules the refinement measures for each budget.
         tune: Also try the values that the method lists as `tunable`.
@@ -103,7 +104,8 @@ def calibrate(
         pixels, skipped = _first_images(batches, images, device, dtype)
         work = Work(progress, sum(map(len, pixels)), trials, len(budgets) or 1)
         probe = Probe(model, pixels)
-        prices = _prices(model, method, align, probe.patches)
+        multiple = align or ALIGN.get(torch.device(device).type, 1)
+        prices = _prices(model, method, multiple, probe.patches)
         depth = prices.setting.depth
         for budget in budgets:  # Can it be met at all? Better known before the long work.
             check_budget(prices, budget, points)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,7 @@ from mergence.errors import OptionError
 
 if TYPE_CHECKING:
     from mergence.benchmark import Benchmark
+    from mergence.profiling import Profile
 
 
 def bench(
@@ -32,6 +34,9 @@ def bench(
         str, typer.Option(help="eager, compile, cudagraphs (CUDA only); several with commas.")
     ] = "eager",
     seconds: Annotated[float, typer.Option(min=0, help="Seconds for each setting.")] = 5.0,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say also where the time goes, in eager mode.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
     seed: o.Seed = 0,
     json: o.Json = None,
@@ -50,7 +55,7 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = o.load(model)
-    with progress("timing", len(dtypes) * len(modes) * len(batches)) as advance:
+    with progress("timing", len(dtypes) * (len(modes) + profile) * len(batches)) as advance:
         result = benchmark.bench(
             loaded.model,
             recipes,
@@ -60,10 +65,13 @@ def bench(
             modes=modes,
             device=place,
             seconds=seconds,
+            profile=profile,
             model_name=model,
             progress=advance,
         )
     _table(result)
+    if result.profiles:
+        _profile(result.profiles)
     write_json(json, result.to_dict())
 
 
@@ -109,3 +117,31 @@ def _table(result: Benchmark) -> None:
         "MACs, 1 where the time fell as much as the MACs.",
         style="dim",
     )
+
+
+def _profile(profiles: Sequence[Profile]) -> None:
+    parts = [part for part in profiles[0].ms if any(one.ms[part] for one in profiles)]
+    for setting in dict.fromkeys((one.dtype, one.batch) for one in profiles):
+        title = "where the time goes: {}, eager, batch {}".format(*setting)
+        table = Table(
+            title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        )
+        table.add_column("method", no_wrap=True)
+        for part in (*parts, "sum"):
+            table.add_column(part, justify="right", no_wrap=True)
+        for one in profiles:
+            if (one.dtype, one.batch) == setting:
+                cells = [_time_and_share(one.ms[part], one.share[part]) for part in parts]
+                whole = _time_and_share(sum(one.ms.values()), sum(one.share.values()))
+                table.add_row(one.name, *cells, whole)
+        console.print(table)
+    console.print(
+        "ms, and below them shares of the dense forward. attention, mlp: the two halves of every "
+        "block. scoring, planning, merging: what reducing costs. rest: outside of the blocks.",
+        style="dim",
+    )
+
+
+def _time_and_share(ms: float, share: float) -> str:
+    # A part that never runs takes exactly no time.
+    return f"{ms:.{1 if ms >= 10 else 2}f}\n{share:.1%}" if ms else ""

@@ -42,8 +42,12 @@ def calibrate(
         int, typer.Option(min=1, help="How many blocks may reduce; each costs time.")
     ] = 4,
     align: Annotated[
-        int, typer.Option(min=1, help="Token counts, prefix included, in multiples of this.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Token counts, prefix included, in multiples of this. Default: 8 on CUDA, else 1.",
+        ),
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="Use so many images.")] = 512,
     trials: Annotated[
         int, typer.Option(min=0, help="Options and schedules to try for each budget.")

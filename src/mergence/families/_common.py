@@ -41,9 +41,12 @@ def reduced_forward(
         scale: The factor on the attention's logits.
     """
     step: BlockStep = block._mergence
+    run = step.program.run
+    run.lap("rest")
     carry = step.enter(x)
     slots = step.slots(carry)
-    if slots is None:
+    # Only the restated forward has a place between attention and MLP for the clock.
+    if slots is None and run.clock is None:
         y = dense(x, carry)
         step.leave(y, carry)
         return y
@@ -51,11 +54,14 @@ def reduced_forward(
 
     def reduce(x: Tensor, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
         nonlocal after
-        learned = getattr(block, LEARNED, None)
-        x, after = step.reduce(x, q, k, scale, carry, slots, learned, pairs)
+        run.lap("attention")
+        if slots is not None:
+            learned = getattr(block, LEARNED, None)
+            x, after = step.reduce(x, q, k, scale, carry, slots, learned, pairs)
         return x
 
     y = restated(x, carry, reduce)
+    run.lap("mlp")
     step.leave(y, after)
     return y
 

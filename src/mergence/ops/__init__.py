@@ -1,23 +1,24 @@
 """The operators behind every plan: which tokens resemble each other, and the merge itself.
 
-Each has three implementations that agree: `reference`, written to be read; `dense`, without
-scatter, for CPUs and for exported graphs; and `fused`, Triton kernels for CUDA. Nobody outside of
-this package knows which one runs.
+Each has three implementations that agree: `cpu`; `fused`, Triton kernels for CUDA; and `dense`,
+without scatter, for exported graphs and for other devices. Nobody outside of this package knows
+which one runs.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from mergence.ops import dense, fused
+from mergence.ops import cpu, dense, fused
 from mergence.plan import MergePlan
 
 __all__ = ["Cosines", "cosines", "merge"]
 
-Cosines = dense.Cosines | fused.Cosines
+Cosines = dense.Cosines | cpu.Cosines | fused.Cosines
 
 _TRITON = find_spec("triton") is not None
 
@@ -37,8 +38,8 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
         yields zeros. With `plan.keep_norm` the mean is scaled to the largest norm of the slot's
         tokens of positive weight.
     """
-    run = fused.merge if _on_gpu(x) else dense.merge
-    return run(x, size, plan, prefix)
+    merged: tuple[Tensor, Tensor] = _implementation(x).merge(x, size, plan, prefix)
+    return merged
 
 
 def cosines(x: Tensor) -> Cosines:
@@ -50,15 +51,14 @@ def cosines(x: Tensor) -> Cosines:
     Args:
         x: `[B, N, C]` tokens. No gradient flows from the answers.
     """
-    return fused.Cosines(x) if _on_gpu(x) else dense.Cosines(x)
+    found: Cosines = _implementation(x).Cosines(x)
+    return found
 
 
-def _on_gpu(x: Tensor) -> bool:
+def _implementation(x: Tensor) -> ModuleType:
     # An exported graph must run where there is no mergence and no Triton.
-    return (
-        _TRITON
-        and x.is_cuda
-        and x.dtype in fused.DTYPES
-        and not torch.compiler.is_exporting()
-        and not torch.onnx.is_in_onnx_export()
-    )
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return dense
+    if _TRITON and x.is_cuda and x.dtype in fused.DTYPES:
+        return fused
+    return cpu if x.device.type == "cpu" else dense

@@ -1,4 +1,4 @@
-"""The operators without scatter: one-hot matrices, matrix products and arithmetic.
+"""The operators without scatter or sort, for exported graphs: matrix products and arithmetic.
 
 Arithmetic, because comparing and selecting over N x N elements takes torch ten times as long on a
 CPU as adding and multiplying them.

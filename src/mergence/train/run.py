@@ -60,7 +60,10 @@ class Run:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.config = config
-        self.recipes = build.recipes_of(config)
+        best = torch.accelerator.current_accelerator(check_available=True)
+        place = "cpu" if best is None or config.device == "cpu" else best.type
+        # With the counts that it is trained with, wherever the result is loaded.
+        self.recipes = {name: one.on(place) for name, one in build.recipes_of(config).items()}
         seed_all(config.seed, "start")
         self.loaded = build.open_model(config)
         train, val = build.open_data(config, self.loaded)

@@ -1,0 +1,66 @@
+"""The operators for CPUs, eager or compiled: tokens are added to their slots, and ranks compared.
+
+Written to be read as well: the other implementations are tested against these.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mergence.plan import MergePlan
+
+
+def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """Merge tokens into the slots of a plan; see `mergence.ops.merge`."""
+    batch, _, channels = x.shape
+    # One slot more than asked for collects what is dropped.
+    slot = torch.where(plan.slot < 0, plan.slots, plan.slot)
+    weight = plan.weight.float()
+    counts = (weight > 0).float()
+    sums = torch.zeros(3, batch, plan.slots + 1, device=x.device)
+    merged_size, total, count = sums.scatter_add(
+        2, slot.expand(3, -1, -1), torch.stack((size, weight, counts))
+    ).unbind()
+    # Normalised first: a token alone in its slot then has weight exactly 1 and passes unchanged.
+    share = weight / torch.where(total > 0, total, 1.0).gather(1, slot)
+    weighted = x[:, prefix:] * share.unsqueeze(2)
+
+    rows = prefix + plan.slots + 1
+    merged = weighted.new_zeros(batch, rows, channels)
+    merged[:, :prefix] = x[:, :prefix]
+    first = torch.arange(prefix, batch * rows, rows, device=x.device).unsqueeze(1)
+    merged.view(-1, channels).index_add_(0, (first + slot).flatten(), weighted.flatten(0, 1))
+    if plan.keep_norm:
+        norm = torch.linalg.vector_norm(x[:, prefix:], dim=2, dtype=weighted.dtype) * counts
+        largest = torch.zeros_like(total, dtype=norm.dtype).scatter_reduce(1, slot, norm, "amax")
+        length = merged[:, prefix:].norm(dim=2)
+        # Shared slots only, so that a token alone in its slot still passes unchanged.
+        shared = (count > 1) & (length > 0)
+        scale = torch.where(shared, largest / torch.where(length > 0, length, 1.0), 1.0)
+        merged = merged * F.pad(scale, (prefix, 0), value=1.0).unsqueeze(2)
+    return merged[:, :-1].to(x.dtype), merged_size[:, :-1]
+
+
+class Cosines:
+    """The cosines between all tokens, as one matrix; see `mergence.ops.cosines`."""
+
+    def __init__(self, x: Tensor) -> None:
+        metric = F.normalize(x.detach(), dim=2)
+        self._matrix = (metric @ metric.transpose(1, 2)).float()
+
+    def to_nearest_above(self, score: Tensor) -> Tensor:
+        """See `mergence.ops.dense.Cosines`."""
+        score = torch.where(score.isnan(), -torch.inf, score)
+        # 0 for the highest, 4 for the next, and so on; among equals the earlier token comes first.
+        rank = 4.0 * score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        # 0 where the other token is above, and -4 elsewhere.
+        behind = ((rank - 4).unsqueeze(2) - rank.unsqueeze(1)).clamp_(-4, 0)
+        return behind.add_(self._matrix).amax(dim=2).clamp(-1, 1)
+
+    def nearest_kept(self, stays: Tensor) -> Tensor:
+        """See `mergence.ops.dense.Cosines`."""
+        position = torch.arange(stays.shape[1], device=stays.device)
+        nearest = (self._matrix - torch.where(stays, 0.0, 4.0).unsqueeze(1)).max(dim=2).indices
+        return torch.where(stays, position, nearest)
