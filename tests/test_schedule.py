@@ -29,7 +29,13 @@ def setting(
         return sum(counts) / (tokens * depth)
 
     return Setting(
-        tokens=tokens, depth=depth, prefix=prefix, align=align, fewest=fewest, share=share
+        tokens=tokens,
+        patches=tokens,
+        depth=depth,
+        prefix=prefix,
+        align=align,
+        fewest=fewest,
+        share=share,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -131,6 +132,16 @@ def test_headings_count_tokens_and_say_what_is_left_out() -> None:
     found = words(visualize.draw(torch.rand(1, 1, 8, 8), halving((4, 4), 2, 1)))
     assert "block 2: 15 → 14 tokens" in found
     assert not any("steps" in text for text in found)
+
+
+def test_headings_say_where_patches_were_read_coarsely() -> None:
+    coarse = halving((4, 4), 2, 1)
+    points = tuple(dataclasses.replace(p, block=4 * i) for i, p in enumerate(coarse.points))
+    found = words(
+        visualize.draw(torch.rand(1, 1, 8, 8), dataclasses.replace(coarse, points=points))
+    )
+    assert "before block 1: 16 → 15 tokens" in found
+    assert "block 4: 15 → 14 tokens" in found
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (4, 20), (20, 4)])

@@ -23,6 +23,7 @@ from rich.progress import Progress
 import mergence
 from mergence import method as methods
 from mergence.calibration import calibrate
+from mergence.coarse import tokens_left
 from mergence.data import loader, open_images
 from mergence.errors import ScheduleError
 from mergence.models import LoadedModel, load_model
@@ -157,9 +158,13 @@ def _possible(loaded: LoadedModel, recipe: mergence.Recipe) -> bool:
 
 
 def _same_counts(name: str, recipe: mergence.Recipe) -> mergence.Recipe:
-    """A method with the counts of another's recipe, as far as it can follow them."""
-    method, schedule = methods.build(name, {}), recipe.schedule.to_dict()
-    left, counts = schedule["of"], []
+    """A method with the counts of another's recipe, as far as it can follow them.
+
+    Coarse patches are a part of the schedule here: they are the same for all.
+    """
+    share, schedule = recipe.method.coarse, recipe.schedule.to_dict()
+    method = methods.build(name, {"coarse": share})
+    left, counts = tokens_left(share, schedule["of"]), []
     for wanted in schedule["after"]:
         left = wanted if wanted >= left else max(wanted, method.fewest_slots(left))
         counts.append(left)

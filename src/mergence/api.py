@@ -12,7 +12,7 @@ from torch import nn
 
 from mergence import family as families
 from mergence import surgery
-from mergence.errors import UnsupportedModelError
+from mergence.errors import OptionError, UnsupportedModelError
 from mergence.family import ModelSpec
 from mergence.method import Method
 from mergence.recipe import Recipe, make
@@ -74,6 +74,7 @@ def apply(
     _check_type(model)
     spec = families.find(model).inspect(model)
     learned = recipe.method.learned(spec.cost.dim)
+    _check_coarse(recipe.method, spec, learned)
     program = Program(
         method=recipe.method,
         schedule=recipe.schedule,
@@ -189,12 +190,26 @@ def describe(model: nn.Module) -> Description:
         method=program.method,
         schedule=program.schedule,
         patches=program.patches,
+        start=program.start(program.patches),
         prefix=program.prefix,
         align=program.multiple,
         counts=program.counts(),
         dense=program.macs(dense=True),
         reduced=program.macs(),
     )
+
+
+def _check_coarse(method: Method, spec: ModelSpec, learned: nn.Module | None) -> None:
+    if method.coarse and not spec.coarse:
+        raise OptionError(
+            f"coarse={method.coarse}: mergence cannot read patches of this model coarsely; it can "
+            "for timm's VisionTransformer. Leave coarse out."
+        )
+    if method.coarse and learned is not None:
+        raise OptionError(
+            f"coarse={method.coarse} beside a learned module, which needs all patches in their "
+            "rows. Give only one of them."
+        )
 
 
 def _check_type(model: object) -> None:

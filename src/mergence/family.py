@@ -29,6 +29,7 @@ class ModelSpec:
         parts: Other modules with what is mixed into each: the model itself (marks forwards), the
             tower inside it, heads that pool by size.
         classes: How many class scores it gives; 0 where it answers with an embedding or tokens.
+        coarse: Whether it can read some patches coarsely; see `mergence.coarse`.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -37,6 +38,7 @@ class ModelSpec:
     block_mixin: type
     parts: tuple[tuple[nn.Module, type], ...]
     classes: int
+    coarse: bool = False
 
 
 class Family(ABC):

@@ -80,12 +80,14 @@ class ReductionCost:
     """What a method costs at one reduction.
 
     Attributes:
+        start: Tokens that enter the first block, as a function of patches.
         needs: What the method reads: `importance` is one row of the attention map, `received` all
             of it.
         plan: Multiply-adds of the rule, as a function of tokens and slots.
         learned: Multiply-adds of the learned module as a function of tokens, or None.
     """
 
+    start: Callable[[int], int]
     needs: frozenset[str]
     plan: Callable[[int, int], int]
     learned: Callable[[int], int] | None = None
@@ -93,7 +95,7 @@ class ReductionCost:
 
 def count(
     model: ModelCost,
-    tokens: int,
+    patches: int,
     counts: Sequence[int] | None = None,
     reduction: ReductionCost | None = None,
 ) -> Macs:
@@ -101,12 +103,16 @@ def count(
 
     Args:
         model: The model.
-        tokens: Patches of the image.
+        patches: Patches of the image.
         counts: Patch tokens after each block; None is the dense model.
         reduction: What each reduction costs; None counts the model alone.
     """
     attention = mlp = importance = planning = merging = learned = 0
-    before = tokens
+    stem = patches * model.stem
+    start = before = patches if reduction is None else reduction.start(patches)
+    if start < patches:  # every region is read at half the resolution, and then some are chosen
+        stem += patches // 4 * model.stem
+        merging = patches * model.dim
     for index, block in enumerate(model.blocks):
         after = before if counts is None else counts[index]
         n = before + model.prefix
@@ -117,11 +123,11 @@ def count(
             importance += rows * n * block.width
             planning += reduction.plan(before, after)
             merging += before * model.dim
-            if before == tokens and reduction.learned is not None:
+            if before == start and reduction.learned is not None:
                 learned = reduction.learned(before)
         before = after
     return Macs(
-        stem=tokens * model.stem,
+        stem=stem,
         attention=attention,
         mlp=mlp,
         head=model.head + (before + model.prefix) * model.head_per_token,

@@ -44,6 +44,9 @@ class Method(ABC):
             reduction on, so that a merged token draws the attention of all the patches that it
             stands for (ToMe, arXiv 2210.09461, section 3.3, there called proportional attention).
             1 or True as in the paper, 0 or False for none; strong reductions gain from less than 1.
+        coarse: Share of the image in which, before the first block, four patches each are read as
+            one at half the resolution; see `mergence.coarse`. Below half of the MACs this is the
+            gentlest part of a reduction. Not all families can do it.
     """
 
     name: ClassVar[str]
@@ -53,15 +56,20 @@ class Method(ABC):
     shape: ClassVar[Schedule]
     """The schedule of the method's own paper; its strength is solved for when MACs are given."""
 
-    tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {"size_attention": (0.7, 0.85, 1.0)}
+    tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "coarse": (0.08, 0.16, 0.25, 0.35, 0.5),
+        "size_attention": (0.7, 0.85, 1.0),
+    }
     """Values of options that calibration tries beside those given."""
 
     size_attention: float = 1.0
+    coarse: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.size_attention, bool):
             object.__setattr__(self, "size_attention", float(self.size_attention))
         check_range(self, "size_attention", 0, 2)
+        check_range(self, "coarse", 0, 1)
 
     @abstractmethod
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:

@@ -19,7 +19,8 @@ class Description:
         family: Its family.
         method: The method.
         schedule: The schedule.
-        patches: Patch tokens before the first block.
+        patches: Patches of an image.
+        start: Patch tokens that enter the first block: fewer where some are read coarsely.
         prefix: Prefix tokens, never reduced.
         align: Multiple that token counts, prefix included, are rounded to.
         counts: Patch tokens after each block.
@@ -32,6 +33,7 @@ class Description:
     method: Method
     schedule: Schedule
     patches: int
+    start: int
     prefix: int
     align: int
     counts: tuple[int, ...]
@@ -51,6 +53,7 @@ class Description:
             "method": self.method.to_dict(),
             "schedule": self.schedule.to_dict(),
             "patches": self.patches,
+            "start": self.start,
             "prefix": self.prefix,
             "align": self.align,
             "counts": list(self.counts),
@@ -64,10 +67,12 @@ class Description:
         overhead = reduced.importance + reduced.planning + reduced.merging + reduced.learned
         counts = " ".join(map(str, self.counts))
         multiples = f", in multiples of {self.align}" if self.align > 1 else ""
+        start = "" if self.start == self.patches else f"{self.start} → "
+        prefix = f"(+ {self.prefix} prefix{multiples})"
         before, after = self.dense.total / 1e9, reduced.total / 1e9
         return (
             f"{self.model} ({self.family}) with {self.method}\n"
-            f"  patch tokens  {self.patches} → {counts}  (+ {self.prefix} prefix{multiples})\n"
+            f"  patch tokens  {self.patches} → {start}{counts}  {prefix}\n"
             f"  MACs          {before:.3f} G → {after:.3f} G  "
             f"({self.macs_ratio:.1%}; {overhead / self.dense.total:.2%} for reducing)"
         )

@@ -32,7 +32,8 @@ class Setting:
     """What a schedule is resolved for.
 
     Attributes:
-        tokens: Patch tokens before the first block.
+        tokens: Patch tokens that enter the first block.
+        patches: Patches of the image. More than `tokens` where some are read coarsely.
         depth: Number of blocks.
         prefix: Prefix tokens; they are never reduced and count only for `align`.
         align: Token counts, prefix included, are rounded to multiples of this. 1 rounds nothing.
@@ -41,6 +42,7 @@ class Setting:
     """
 
     tokens: int
+    patches: int
     depth: int
     share: Callable[[tuple[int, ...]], float]
     prefix: int = 0
@@ -252,9 +254,11 @@ class Counts(Schedule):
                 f"The schedule lists {len(self.after)} counts and the model has {setting.depth} "
                 "blocks. Give one count a block: the patch tokens left after it."
             )
-        if self.of is None or self.of == setting.tokens:
+        if self.of is None or self.of == setting.patches:
             return self.after
-        return tuple(max(round(n * setting.tokens / self.of), 1) for n in self.after)
+        return tuple(
+            min(max(round(n * setting.patches / self.of), 1), setting.tokens) for n in self.after
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

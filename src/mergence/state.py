@@ -47,6 +47,12 @@ class Carry:
     position: Tensor | None = None
     slots: tuple[Tensor, ...] = ()
 
+    def sizes(self, like: Tensor) -> Tensor:
+        """The sizes, ones before the first reduction; `like [B, N]` is on their device."""
+        if self.size is None:
+            return torch.ones(like.shape, device=like.device)
+        return self.size
+
     def source(self, tokens: int) -> Tensor | None:
         """The source map at the place where so many patch tokens were left.
 
@@ -74,6 +80,7 @@ class Run(threading.local):
         active: Whether a forward is under way.
         carry: What is known about the tokens now; None before the first block that looks.
         grid: Patch rows and columns of the images of this forward.
+        image: The images themselves, `[B, C, H, W]`, where a family can read them coarsely.
         observer: Receives each reduction while tracing; see `mergence.tracing`.
         clock: Told of the end of each part of a forward while profiling; see `mergence.profiling`.
         disabled: Run the model as if nothing were applied.
@@ -86,6 +93,7 @@ class Run(threading.local):
         self.active: bool = False
         self.carry: Carry | None = None
         self.grid: tuple[int, int] | None = None
+        self.image: Tensor | None = None
         self.observer: Any = None
         self.clock: Callable[[str], None] | None = None
         self.disabled: bool = False
@@ -95,7 +103,7 @@ class Run(threading.local):
         return Run, ()
 
     @contextmanager
-    def forward(self, grid: tuple[int, int]) -> Iterator[Run]:
+    def forward(self, grid: tuple[int, int], image: Tensor | None = None) -> Iterator[Run]:
         """Mark a model's forward; inner calls join the outer one.
 
         The run is reset on entry and on exit, so that nothing of an earlier forward, also of one
@@ -104,13 +112,13 @@ class Run(threading.local):
         if self.active:
             yield self
             return
-        self.active, self.carry, self.grid = True, None, grid
+        self.active, self.carry, self.grid, self.image = True, None, grid, image
         if self.observer is not None:
             self.observer.grid = grid
         try:
             yield self
         finally:
-            self.active, self.carry, self.grid = False, None, None
+            self.active, self.carry, self.grid, self.image = False, None, None, None
 
     @contextmanager
     def averaging(self) -> Iterator[None]:

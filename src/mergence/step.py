@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from mergence import ops, surgery
+from mergence import coarse, ops, surgery
 from mergence.errors import MergenceError, ReducedOutputError, ScheduleError
 from mergence.importance import attention_from, attention_received
 from mergence.macs import Macs, ModelCost, ReductionCost, count
 from mergence.method import Method
-from mergence.plan import TokenView, most_important
+from mergence.plan import MergePlan, TokenView, most_important
 from mergence.schedule import Schedule, Setting
 from mergence.state import Carry, Run, attach, attached
 
@@ -58,6 +58,10 @@ class Program:
         """The multiple that token counts are rounded to."""
         return self.align or self.schedule.align_on(self.device)
 
+    def start(self, patches: int) -> int:
+        """Patch tokens that enter the first block."""
+        return coarse.tokens_left(self.method.coarse, patches)
+
     def counts(self, patches: int | None = None) -> tuple[int, ...]:
         """Patch tokens after each block, for an image of so many patches.
 
@@ -76,7 +80,8 @@ class Program:
         """What schedules are resolved for, for images of so many patches."""
         dense = self.macs(patches, dense=True).total
         return Setting(
-            tokens=patches,
+            tokens=self.start(patches),
+            patches=patches,
             depth=self.depth,
             prefix=self.prefix,
             align=self.multiple,
@@ -96,7 +101,7 @@ class Program:
         def plan(tokens: int, slots: int) -> int:
             return self.method.plan_macs(tokens, slots, self.cost.dim, self.cost.head_dim)
 
-        return ReductionCost(self.needs, plan, self.learned)
+        return ReductionCost(self.start, self.needs, plan, self.learned)
 
     def macs(self, patches: int | None = None, *, dense: bool = False) -> Macs:
         """MACs of one image, of the reduced or of the dense model."""
@@ -108,7 +113,7 @@ class Program:
 
     def _check_learned(self, patches: int, counts: tuple[int, ...]) -> None:
         """A learned module sits in one block and must meet the first reduction there."""
-        first, home = _first_reduction(patches, counts), self.first_reduction()
+        first, home = _first_reduction(self.start(patches), counts), self.first_reduction()
         if self.learned is not None and first is not None and first != home:
             raise ScheduleError(
                 f"For images of {patches} patches the first reduction is in block {first + 1}, and "
@@ -118,11 +123,75 @@ class Program:
 
     def first_reduction(self) -> int | None:
         """Index of the first block that reduces at the model's own input size, or None."""
-        return _first_reduction(self.patches, self.counts())
+        return _first_reduction(self.start(self.patches), self.counts())
+
+    def reduces_before(self, block: int) -> bool:
+        """Whether fewer tokens than patches enter a block, counted from 0."""
+        first, coarse = self.first_reduction(), self.start(self.patches) < self.patches
+        return coarse or (first is not None and block > first)
+
+    def merged(self, x: Tensor, carry: Carry, plan: MergePlan) -> tuple[Tensor, Carry]:
+        """Carry out a plan and keep the books.
+
+        Args:
+            x: `[B, P + N, C]` prefix and patch tokens.
+            carry: What is known about them.
+            plan: The plan.
+
+        Returns:
+            `[B, P + slots, C]` and what is known about these tokens.
+        """
+        merged, size = ops.merge(x, carry.sizes(plan.slot), plan, self.prefix)
+        factor = self.method.size_attention
+        bias = _size_bias(size, self.prefix, x.dtype, factor) if factor else None
+        return merged, replace(carry, size=size, bias=bias, slots=(*carry.slots, plan.slot))
+
+    def coarsened(
+        self,
+        x: Tensor,
+        fine: Tensor,
+        embed: Callable[[Tensor], Tensor],
+        patch: tuple[int, int],
+    ) -> Tensor:
+        """Read a part of the patches coarsely, before the first block.
+
+        Args:
+            x: `[B, P + N, C]` prefix and patch tokens, with positions.
+            fine: `[B, N, C]` the embeddings of the patches, without positions.
+            embed: From an image to such embeddings.
+            patch: Height and width of a patch in pixels.
+
+        Returns:
+            `[B, P + n, C]`: tokens of one patch or of four. Their books are in the run.
+
+        Raises:
+            ScheduleError: The image has fewer regions of four patches than are to be coarse.
+        """
+        run, regions = self.run, coarse.regions_of(self.method.coarse, fine.shape[1])
+        if run.disabled or not regions or run.grid is None or run.image is None:
+            return x
+        there = run.grid[0] // coarse.SIDE, run.grid[1] // coarse.SIDE
+        if regions > there[0] * there[1]:
+            raise ScheduleError(
+                f"coarse={self.method.coarse} asks for {regions} of the regions of 2 x 2 patches, "
+                f"and {run.grid[0]} x {run.grid[1]} patches hold {there[0] * there[1]}. Ask for "
+                "less."
+            )
+        half = embed(coarse.halved(run.image, run.grid, patch))
+        half = coarse.spread(half.reshape(half.shape[0], *there, half.shape[2]), run.grid)
+        with torch.autocast(x.device.type, enabled=False):
+            plan, chosen, loss = coarse.plan(fine, half, run.grid, regions)
+            # Each patch of a chosen region takes its embedding; their mean has the mean position.
+            change = torch.where(chosen.unsqueeze(2), half - fine, 0)
+            x = torch.cat((x[:, : self.prefix], x[:, self.prefix :] + change), dim=1)
+            x, run.carry = self.merged(x, Carry(fine.shape[1], run.grid), plan)
+        if run.observer is not None:
+            run.observer.reduced(0, run.carry, plan, loss)
+        return x
 
 
-def _first_reduction(patches: int, counts: tuple[int, ...]) -> int | None:
-    return next((i for i, n in enumerate(counts) if n < patches), None)
+def _first_reduction(start: int, counts: tuple[int, ...]) -> int | None:
+    return next((i for i, n in enumerate(counts) if n < start), None)
 
 
 def program_of(model: nn.Module) -> Program:
@@ -161,8 +230,7 @@ class BlockStep:
         run = self.program.run
         known = run.known() if run.active else attached(x)
         if known is None:
-            first = self.program.first_reduction()
-            if first is not None and self.index > first:
+            if self.program.reduces_before(self.index):
                 raise ReducedOutputError(
                     f"Block {self.index + 1} of a reduced model was called by itself, and the "
                     "sizes of its tokens are not known. Call the model's forward or "
@@ -177,7 +245,7 @@ class BlockStep:
     def slots(self, carry: Carry) -> int | None:
         """How many patch tokens the block leaves, or None where it removes none."""
         counts = self.program.counts(carry.patches)
-        before = counts[self.index - 1] if self.index else carry.patches
+        before = counts[self.index - 1] if self.index else self.program.start(carry.patches)
         return counts[self.index] if counts[self.index] < before else None
 
     def leave(self, x: Tensor, carry: Carry) -> None:
@@ -223,12 +291,10 @@ class BlockStep:
                 )
             x = torch.cat((x[:, :prefix], learned(x[:, prefix:], carry.grid)), dim=1)
             run.lap("learned")
-        patches, size = x[:, prefix:], carry.size
-        if size is None:
-            size = torch.ones(patches.shape[:2], device=x.device)
+        patches = x[:, prefix:]
         # Autocast would turn the merge's output, and so the residual stream, to half precision.
         with torch.autocast(x.device.type, enabled=False):
-            importance = keys = received = position = None
+            importance = keys = received = None
             added = row = carry.bias
             if pairs is not None:
                 added = pairs if carry.bias is None else pairs + carry.bias
@@ -242,19 +308,16 @@ class BlockStep:
                 received = attention_received(q, k, scale, added)[:, prefix:]
             run.lap("scoring")
             block, depth = self.index + 1, self.program.depth
+            size = carry.sizes(patches[..., 0])
             view = TokenView(patches, size, block, depth, importance, keys, received)
             plan = method.plan(view, slots)
             run.lap("planning")
-            merged, merged_size = ops.merge(x, size, plan, prefix)
-            bias = None
-            if method.size_attention:
-                bias = _size_bias(merged_size, prefix, x.dtype, method.size_attention)
+            merged, after = self.program.merged(x, carry, plan)
             if self.program.cost.placed and importance is not None:
                 position = most_important(plan, importance)
                 if carry.position is not None:
                     position = carry.position.gather(1, position)
-        slot_maps = (*carry.slots, plan.slot)
-        after = replace(carry, size=merged_size, bias=bias, position=position, slots=slot_maps)
+                after = replace(after, position=position)
         run.lap("merging")
         if run.observer is not None:
             run.observer.reduced(self.index + 1, after, plan, importance)

@@ -18,13 +18,13 @@ class ReductionPoint:
     """What one reduction did, in terms of the original patches.
 
     Attributes:
-        block: The block that reduced, counted from 1.
+        block: The block that reduced, counted from 1; 0 where patches were read coarsely before.
         source: `[B, patches]` int64, the slot of each patch after this point, all points so far
             composed; -1 where dropped.
         size: `[B, slots]` patches that each slot stands for.
         anchor: `[B, slots]` int64, the patch that represents the slot: its most important one.
         importance: `[B, patches]` importance of each patch's token when this point chose, NaN where
-            it was dropped earlier.
+            it was dropped earlier. For coarse patches, the loss that their regions were chosen by.
     """
 
     block: int

@@ -271,6 +271,8 @@ def _headings(trace: Trace, shown: Sequence[int]) -> list[str]:
         begin, end = trace.points[first].block, trace.points[last].block
         after = trace.points[last].size.shape[1]
         blocks = f"block {end}" if first == last else f"blocks {begin}–{end}"
+        if begin == 0:  # coarse patches
+            blocks = f"up to block {end}" if end else "before block 1"
         texts.append(f"{blocks}: {before} → {after} tokens")
         before, first = after, last + 1
     return texts

@@ -14,10 +14,15 @@ import mergence
 from mergence import demo
 from mergence.calibration import Calibration, calibrate
 from mergence.calibration.latency import budget_for
+from mergence.calibration.refining import Best
+from mergence.calibration.search import Prices, best_counts
+from mergence.calibration.tuning import _prices
 from mergence.data import Batch, Skipped, loader
+from mergence.distances import kl_divergence
 from mergence.errors import DataError, OptionError, ScheduleError
 from mergence.families.timm import FAMILY
-from mergence.methods import Mstm
+from mergence.method import Method
+from mergence.methods import Mergence, Mstm
 from mergence.schedule import Counts
 
 PATCHES = 36
@@ -63,6 +68,41 @@ def test_a_calibrated_recipe_meets_its_budget_and_is_closer_than_the_methods_own
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
     assert result.images == 12
+
+
+def test_an_option_is_followed_as_long_as_it_helps_and_other_counts_meet_the_budget(
+    model: nn.Module,
+) -> None:
+    class Valley:
+        """Distances of a model that is closest with a quarter of the image coarse."""
+
+        def mean(self, distance: Any, method: Method, counts: Any, images: int) -> float:
+            seen.append((method.coarse, method.size_attention, tuple(counts)))
+            return 1 + (method.coarse - 0.25) ** 2 + method.size_attention
+
+    def prices(method: Method) -> Prices:
+        return _prices(model, method, 1, PATCHES)
+
+    seen: list[tuple[float, float, tuple[int, ...]]] = []
+    table = torch.linspace(1, 0, PATCHES + 1, dtype=torch.float64).expand(6, -1)
+    start = best_counts(table, prices(Mergence()), 0.5, 2)
+    best = Best(Valley(), prices, kl_divergence, 6, Mergence(), start)  # type: ignore[arg-type]
+    best.improve(table, 0.5, 2, 99, {"coarse": (0.1, 0.25, 0.4, 0.6), "size_attention": (0.7, 1)})
+    assert [c for c, _, _ in seen[:4]] == [0, 0.1, 0.25, 0.4]  # and not 0.6
+    assert (best.method.coarse, best.method.size_attention) == (0.25, 0.7)
+    for coarse, _, counts in seen:
+        setting = prices(Mergence(coarse=coarse)).setting
+        assert 0.45 < setting.share(counts) <= 0.5
+        assert max(counts) <= setting.tokens
+    assert prices(Mergence(coarse=0.25)).setting.tokens == PATCHES - 3 * 2
+
+
+def test_a_family_that_cannot_read_coarsely_is_not_asked_to(batches: list[Batch]) -> None:
+    from mergence.families.timm_eva import FAMILY as EVA
+
+    build = next(iter(EVA.tiny().values()))
+    result = calibrate(build(), batches, budgets=[0.5], points=2, images=6, trials=4)
+    assert result.found[0].recipe.method.coarse == 0
 
 
 def test_the_same_images_give_the_same_recipe(model: nn.Module, batches: list[Batch]) -> None:

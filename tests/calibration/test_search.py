@@ -19,10 +19,11 @@ from mergence.schedule import Setting
 def prices(depth: int, tokens: int, *, align: int = 1, half: bool = False) -> Prices:
     block = BlockCost(attention=400, mlp=800, width=10)
     model = ModelCost((block,) * depth, prefix=1, dim=10, head_dim=5, stem=30, head=50)
-    reduction = ReductionCost(frozenset({"importance"}), lambda n, s: n * n)
+    reduction = ReductionCost(lambda n: n, frozenset({"importance"}), lambda n, s: n * n)
     dense = count(model, tokens).total
     setting = Setting(
         tokens=tokens,
+        patches=tokens,
         depth=depth,
         prefix=1,
         align=align,
@@ -52,7 +53,7 @@ def test_the_dynamic_program_finds_what_trying_everything_finds(
     price, table = prices(depth, tokens, half=half), random_table(depth, tokens, seed)
 
     def worth(counts: tuple[int, ...]) -> float:
-        return predicted(table, counts) + rate * price.share(counts)
+        return predicted(table, counts, tokens) + rate * price.share(counts)
 
     def allowed(counts: tuple[int, ...]) -> bool:
         steps = list(zip((tokens, *counts), counts, strict=False))

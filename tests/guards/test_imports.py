@@ -19,7 +19,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "mergence"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "outputs", "_version", "assets"),
     ("plan", "plugins"),
-    ("ops",),
+    ("ops", "coarse"),
     ("importance", "schedule", "macs"),
     ("method", "family"),
     ("multiscale",),

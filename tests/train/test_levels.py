@@ -109,6 +109,19 @@ def test_strength_goes_from_dense_to_the_recipe(model: nn.Module, method: str) -
     assert shares[-1] == full.macs().total
 
 
+def test_coarse_patches_come_with_strength(model: nn.Module) -> None:
+    reducer = Reducer(model, {"a": make("mergence", macs=0.4, coarse=0.6)})
+    patches, starts = 36, []
+    for strength in (0.0, 0.2, 0.5, 0.8, 1.0):
+        program = reducer.select(Choice("a", strength))
+        starts.append(program.start(patches))
+        assert max(program.counts()) <= starts[-1]
+        model(torch.zeros(1, 3, 96, 96))
+    assert starts[0] == patches
+    assert starts == sorted(starts, reverse=True)
+    assert starts[-1] == patches - 3 * 5
+
+
 def test_a_learned_module_is_put_in_once(model: nn.Module, image: torch.Tensor) -> None:
     reducer = Reducer(
         model, {str(rate): make("mstm", keep_rate=rate, fusion=True) for rate in (0.5, 0.7)}

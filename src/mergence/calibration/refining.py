@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from mergence.calibration.probe import Probe
-from mergence.calibration.search import Prices, neighbours, predicted
+from mergence.calibration.search import Prices, best_counts, neighbours, predicted
 from mergence.distances import Distance
 from mergence.method import Method
 
@@ -24,6 +24,7 @@ class Best:
 
     Attributes:
         probe: Model and images.
+        prices: What counts cost with a method.
         measure: The distance that trials are compared by.
         images: How many images each trial takes.
         method: The method with the best options so far.
@@ -34,6 +35,7 @@ class Best:
     """
 
     probe: Probe
+    prices: Callable[[Method], Prices]
     measure: Distance
     images: int
     method: Method
@@ -43,41 +45,57 @@ class Best:
     trials: int = field(init=False, default=0)
 
     def improve(
-        self, table: Tensor, prices: Prices, budget: float, trials: int, *, tune: bool
+        self,
+        table: Tensor,
+        budget: float,
+        points: int,
+        trials: int,
+        options: Mapping[str, Sequence[float]],
     ) -> None:
         """Try options, then neighbouring schedules, the most promising first, and keep what helps.
 
+        From the value that an option has, larger ones are tried as long as they help, then smaller
+        ones.
+
         Args:
             table: See `Curves.table`; it says what promises most.
-            prices: What counts cost.
             budget: Share of the dense MACs.
+            points: How many blocks may reduce.
             trials: How many reductions to measure, options and schedules together.
-            tune: Whether to try options as well.
+            options: Values of the method's options to try.
         """
-        for method in self._options() if tune else [self.method]:
-            if self.trials < trials:
-                self._try(method, self.counts)
+        if trials:
+            self._try(self.method, self.counts)
+        for name, values in options.items():
+            value = getattr(self.method, name)
+            larger = sorted(v for v in values if v > value)
+            smaller = sorted((v for v in values if v < value), reverse=True)
+            for direction in (larger, smaller):
+                for other in direction:
+                    method = dataclasses.replace(self.method, **{name: other})
+                    counts = self.counts
+                    if name == "coarse":  # other tokens enter, so others leave
+                        counts = best_counts(table, self.prices(method), budget, points)
+                    if self.trials >= trials or not self._try(method, counts):
+                        break
+        prices = self.prices(self.method)
         seen = {self.counts}
+
+        def promise(counts: tuple[int, ...]) -> float:
+            return predicted(table, counts, prices.setting.tokens)
+
         for step in STEPS:
             improved = True
             while improved:
                 improved = False
                 around = set(neighbours(self.counts, prices, budget, step)) - seen
-                for counts in sorted(around, key=lambda counts: predicted(table, counts)):
+                for counts in sorted(around, key=promise):
                     if self.trials >= trials:
                         return
                     seen.add(counts)
                     improved = self._try(self.method, counts)
                     if improved:
                         break
-
-    def _options(self) -> Iterator[Method]:
-        """The method as it is, then with one option changed, each change on top of the best."""
-        yield self.method
-        for name, values in self.method.tunable.items():
-            for value in values:
-                if value != getattr(self.method, name):
-                    yield dataclasses.replace(self.method, **{name: value})
 
     def _try(self, method: Method, counts: tuple[int, ...]) -> bool:
         distance = self.probe.mean(self.measure, method, counts, self.images)

@@ -54,7 +54,8 @@ class Prices:
     @cached_property
     def steps(self) -> list[Tensor]:
         """For each block, the price of going from one level (row) to another (column)."""
-        dense = count(self.model, self.setting.tokens).total
+        dense = count(self.model, self.setting.patches).total
+        from_here = replace(self.reduction, start=lambda tokens: tokens)
         tables: dict[BlockCost, Tensor] = {}
         for block in self.model.blocks:
             if block in tables:
@@ -63,7 +64,7 @@ class Prices:
             tables[block] = torch.tensor(
                 [
                     [
-                        count(alone, before, (after,), self.reduction).total / dense
+                        count(alone, before, (after,), from_here).total / dense
                         if after == before or self.setting.fewest(before) <= after < before
                         else float("inf")
                         for after in self.levels
@@ -165,9 +166,9 @@ def _at_rate(table: Tensor, prices: Prices, points: int, rate: float) -> tuple[i
     return tuple(counts)
 
 
-def predicted(table: Tensor, counts: Sequence[int]) -> float:
-    """The distance that the curves predict for a schedule."""
-    before, total = table.shape[1] - 1, 0.0
+def predicted(table: Tensor, counts: Sequence[int], tokens: int) -> float:
+    """The distance that the curves predict for a schedule that starts with so many tokens."""
+    before, total = tokens, 0.0
     for row, after in zip(table, counts, strict=True):
         total += max(float(row[after] - row[before]), 0.0)
         before = after

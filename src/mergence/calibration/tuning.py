@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,13 +100,21 @@ def calibrate(
     back = surgery.bookmark(model)
     try:
         remove(model)
+        options = dict(method.tunable) if tune else {}
+        if not family.find(model).inspect(model).coarse:
+            options.pop("coarse", None)
         objective = objective or _objective_of(model)
         distance, searched = OBJECTIVES[objective]
         pixels, skipped = _first_images(batches, images, device, dtype)
         work = Work(progress, sum(map(len, pixels)), trials, len(budgets) or 1)
         probe = Probe(model, pixels)
         multiple = align or ALIGN.get(torch.device(device).type, 1)
-        prices = _prices(model, method, multiple, probe.patches)
+
+        @cache
+        def prices_of(method: Method) -> Prices:
+            return _prices(model, method, multiple, probe.patches)
+
+        prices = prices_of(method)
         depth = prices.setting.depth
         for budget in budgets:  # Can it be met at all? Better known before the long work.
             check_budget(prices, budget, points)
@@ -126,22 +135,23 @@ def calibrate(
         found: list[Found] = []
         for budget in budgets:
             counts = best_counts(table, prices, budget, points)
-            best = Best(probe, searched, work.some, method, counts, work.tried)
+            best = Best(probe, prices_of, searched, work.some, method, counts, work.tried)
             calibrated = uncalibrated = None
             complete = not found or found[-1].complete
             try:
                 if complete:
-                    best.improve(table, prices, budget, trials, tune=tune)
-                    calibrated, uncalibrated = _compared(best, distance, prices, budget, points)
+                    best.improve(table, budget, points, trials, options)
+                    calibrated, uncalibrated = _compared(best, distance, budget, points)
                     work.concluded(len(found) + 1)
             except KeyboardInterrupt:
                 complete = False
+            final = prices_of(best.method)
             notes = {objective: calibrated, "images": probe.images, "points": points}
             found.append(
                 Found(
                     budget=budget,
-                    macs_ratio=prices.setting.share(best.counts),
-                    recipe=_recipe(best.method, best.counts, prices, {"calibration": notes}),
+                    macs_ratio=final.setting.share(best.counts),
+                    recipe=_recipe(best.method, best.counts, final, {"calibration": notes}),
                     distance=calibrated,
                     uncalibrated=uncalibrated,
                     trials=best.trials,
@@ -186,21 +196,22 @@ def _recipe(
     method: Method, counts: tuple[int, ...], prices: Prices, notes: Mapping[str, Any] | None = None
 ) -> Recipe:
     setting = prices.setting
-    return Recipe(method, Counts(after=counts, of=setting.tokens), setting.align, notes or {})
+    return Recipe(method, Counts(after=counts, of=setting.patches), setting.align, notes or {})
 
 
 def _compared(
-    best: Best, distance: Distance, prices: Prices, budget: float, points: int
+    best: Best, distance: Distance, budget: float, points: int
 ) -> tuple[float, float | None]:
     """Distance on all images of the best and of the method's own schedule; keeps the better one."""
     probe, method = best.probe, best.method
+    setting = best.prices(method).setting
     calibrated = probe.mean(distance, method, best.counts)
     try:
-        own = Macs(macs=budget, shape=method.shape).counts(prices.setting)
+        own = Macs(macs=budget, shape=method.shape).counts(setting)
     except ScheduleError:
         return calibrated, None
     uncalibrated = probe.mean(distance, method, own)
-    if uncalibrated < calibrated and len({probe.patches, *own}) - 1 <= points:
+    if uncalibrated < calibrated and len({setting.tokens, *own}) - 1 <= points:
         best.counts, calibrated = own, uncalibrated
     return calibrated, uncalibrated
 

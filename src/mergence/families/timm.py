@@ -109,7 +109,7 @@ class ReducedTrunk:
         program: Program = self._mergence
         if not program.run.disabled:
             program.counts(rows * columns)  # refuses a size at which it cannot be followed
-        return program.run.forward((rows, columns))
+        return program.run.forward((rows, columns), image)
 
     def forward(self: Any, x: Tensor, *masks: Any, **options: Any) -> Tensor:
         """The model's forward, as one run. The blocks refuse masks."""
@@ -222,6 +222,24 @@ def pool_by_size(model: Any, x: Tensor, size: Tensor, kind: str) -> Tensor:
     return mean if kind == "avg" else 0.5 * (x.amax(dim=1) + mean)
 
 
+class ReducedViT(ReducedModel):
+    """Mixed into `timm.models.vision_transformer.VisionTransformer`."""
+
+    def _pos_embed(self: Any, x: Tensor) -> Any:
+        """The tokens with their positions, some of them read coarsely."""
+        dense: Any = super()
+        y = dense._pos_embed(x)
+        embed, program = self.patch_embed, self._mergence
+        if not program.method.coarse:
+            return y
+        return program.coarsened(
+            y,
+            x.flatten(1, -2),  # rows and columns where sizes are dynamic
+            lambda image: embed.norm(embed.proj(image).flatten(2).transpose(1, 2)),
+            embed.patch_size,
+        )
+
+
 class Timm(Family):
     """timm's `VisionTransformer` and `VisionTransformerDistilled`."""
 
@@ -236,7 +254,7 @@ class Timm(Family):
     attention: ClassVar[tuple[str, ...]] = (_ATTENTION,)
     embed: ClassVar[tuple[str, ...]] = (_EMBED,)
     block_mixin: ClassVar[type] = ReducedBlock
-    model_mixin: ClassVar[type[ReducedTrunk]] = ReducedModel
+    model_mixin: ClassVar[type[ReducedTrunk]] = ReducedViT
     kinds: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
         "vit": ("vit_tiny_patch16_224", {}),
         "vit_avg": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
@@ -288,6 +306,7 @@ class Timm(Family):
             block_mixin=self._block_mixin(blocks),
             parts=((model, self.model_mixin),),
             classes=model.num_classes,
+            coarse=issubclass(self.model_mixin, ReducedViT),
         )
 
     def _attention_macs(self, attn: Any) -> int:

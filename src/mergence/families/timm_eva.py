@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergence.families._common import Reduce, reduced_forward, refuse_mask
-from mergence.families.timm import Timm, attend
+from mergence.families.timm import ReducedModel, ReducedTrunk, Timm, attend
 from mergence.state import Carry
 from mergence.step import BlockStep
 
@@ -139,6 +139,7 @@ class TimmEva(Timm):
         "timm.layers.attention.AttentionRope",
     )
     block_mixin: ClassVar[type] = ReducedEvaBlock
+    model_mixin: ClassVar[type[ReducedTrunk]] = ReducedModel
     kinds: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
         "eva02": ("eva02_tiny_patch14_224", {}),
         "eva02_scaled": ("eva02_base_patch14_224", {"init_values": 0.3}),

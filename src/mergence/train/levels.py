@@ -13,6 +13,7 @@ from torch import nn
 
 from mergence import surgery
 from mergence.api import apply
+from mergence.coarse import tokens_left
 from mergence.errors import OptionError, ScheduleError, UnsupportedModelError
 from mergence.recipe import Recipe
 from mergence.schedule import Counts, Schedule
@@ -134,7 +135,7 @@ class Reducer:
         self.programs = {
             name: self._program(recipe, recipe.schedule) for name, recipe in recipes.items()
         }
-        self._weaker: dict[tuple[str, tuple[int, ...]], Program] = {}
+        self._weaker: dict[tuple[str, int, tuple[int, ...]], Program] = {}
         self._modules = [m for m in model.modules() if surgery.is_swapped(m)]
         for module in self._modules:
             if not isinstance(surgery.attachment(module), BlockStep | Program):
@@ -158,13 +159,16 @@ class Reducer:
         if choice.strength == 1:
             return full
         # Rounded up: whatever the strength, the first block that reduces stays the same one.
+        coarse = choice.strength * full.method.coarse
+        method = dataclasses.replace(full.method, coarse=coarse)
+        start = tokens_left(coarse, full.patches)
         counts = tuple(
-            full.patches - math.ceil(choice.strength * (full.patches - count))
+            min(full.patches - math.ceil(choice.strength * (full.patches - count)), start)
             for count in full.counts()
         )
-        key = choice.recipe, counts
+        key = choice.recipe, start, counts
         if key not in self._weaker:
-            recipe = Recipe(full.method, full.schedule, full.align)
+            recipe = Recipe(method, full.schedule, full.align)
             self._weaker[key] = self._program(recipe, Counts(after=counts))
         return self._weaker[key]
 

@@ -1,0 +1,98 @@
+"""Coarse patches: where an image has little detail, four patches are read as one.
+
+A plan before the first block. A region of 2 x 2 patches becomes one token: the embedding of the
+region at half the resolution, at the mean of the four places. Models trained for tokens of several
+scales are known as mixed-resolution tokenization; here the books that every plan has (sizes in the
+attention, the source map) make them useful without training.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mergence.plan import MergePlan, highest, join
+
+SIDE = 2
+"""Rows and columns of patches in a region."""
+CENTRE = 4.5
+"""How much log-detail a region in the corner lacks against one in the middle: what a picture is
+about is rarely at its border."""
+
+
+def regions_of(share: float, patches: int) -> int:
+    """How many regions a share of an image is."""
+    return round(share * patches / SIDE**2)
+
+
+def tokens_left(share: float, patches: int) -> int:
+    """How many tokens are left of so many patches."""
+    return patches - regions_of(share, patches) * (SIDE**2 - 1)
+
+
+def halved(image: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """An image at half its resolution.
+
+    Args:
+        image: `[B, C, H, W]`.
+        grid: Patch rows and columns; where their number is odd, the last one is left out.
+        patch: Height and width of a patch in pixels.
+    """
+    height, width = (n // SIDE * SIDE * p for n, p in zip(grid, patch, strict=True))
+    # Zeros where the library pads the image to whole patches.
+    missing = max(width - image.shape[3], 0), max(height - image.shape[2], 0)
+    image = F.pad(image, (0, missing[0], 0, missing[1]))
+    return F.avg_pool2d(image[:, :, :height, :width], SIDE)
+
+
+def plan(
+    fine: Tensor, coarse: Tensor, grid: tuple[int, int], regions: int
+) -> tuple[MergePlan, Tensor, Tensor]:
+    """Choose the regions that lose least; the patches of each join.
+
+    The loss of a region is the mean squared difference between its embedding at half the resolution
+    and the four that it stands for, times a preference for the border.
+
+    Args:
+        fine: `[B, N, C]` embeddings of the patches, in raster order, without positions.
+        coarse: `[B, N, C]` for each patch the embedding of its region; see `spread`.
+        grid: Rows and columns of patches.
+        regions: How many regions become one token, at least 1.
+
+    Returns:
+        The plan; which patches join others, `[B, N]` bool; and the loss by which each patch was
+        judged, `[B, N]` float32, positive.
+    """
+    rows, columns = (n // SIDE for n in grid)
+    change = (coarse.float() - fine.float()).square().mean(dim=2).reshape(-1, 1, *grid)
+    loss = F.avg_pool2d(change, SIDE).squeeze(1)
+    loss = loss.clamp(min=torch.finfo(loss.dtype).tiny).log() - _distance(rows, columns, loss)
+    chosen = spread(highest(-loss.flatten(1), regions).reshape(-1, rows, columns), grid)
+    position = torch.arange(fine.shape[1], device=fine.device)
+    row, column = position // grid[1], position % grid[1]
+    first = row // SIDE * SIDE * grid[1] + column // SIDE * SIDE
+    moves = torch.where(chosen, first, position)
+    slots = fine.shape[1] - regions * (SIDE**2 - 1)
+    return join(moves, torch.ones_like(moves.float()), slots), chosen, spread(loss, grid).exp()
+
+
+def spread(regions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Give every patch the value of its region; zero where an odd row or column has none.
+
+    Args:
+        regions: `[B, rows // 2, columns // 2, ...]`.
+        grid: Rows and columns of patches.
+
+    Returns:
+        `[B, N, ...]`.
+    """
+    full = regions.repeat_interleave(SIDE, dim=1).repeat_interleave(SIDE, dim=2)
+    odd = grid[0] - full.shape[1], grid[1] - full.shape[2]
+    return F.pad(full, (*(0, 0) * (full.ndim - 3), 0, odd[1], 0, odd[0])).flatten(1, 2)
+
+
+def _distance(rows: int, columns: int, like: Tensor) -> Tensor:
+    """`[rows, columns]` squared distance from the middle, `CENTRE` in the corners."""
+    y, x = (torch.linspace(-1, 1, n, device=like.device) for n in (rows, columns))
+    return CENTRE / 2 * (y.square()[:, None] + x.square())

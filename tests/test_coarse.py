@@ -1,0 +1,242 @@
+"""Coarse patches against loops over the regions, and through everything that follows them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mergence
+from mergence import coarse, family
+from mergence.errors import OptionError, ScheduleError
+from mergence.ops import merge
+from mergence.outputs import answer
+from mergence.plan import MergePlan
+
+KINDS = sorted(family.registry()["timm"].tiny())
+COUNTS = [20, 20, 15, 15, 8, 8]
+OPTIONS: dict[str, Any] = {"schedule": COUNTS, "coarse": 0.5}
+"""36 patches: four regions of nine are coarse, so that 24 tokens enter."""
+
+
+@pytest.fixture
+def vit(fresh: Any) -> nn.Module:
+    return fresh("timm-vit")
+
+
+@pytest.fixture
+def image() -> Tensor:
+    return torch.randn(3, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+
+
+def chosen_by_loop(fine: Tensor, half: Tensor, grid: tuple[int, int], regions: int) -> set[int]:
+    """First patches of the regions of least loss, for one image."""
+    rows, columns = grid[0] // 2, grid[1] // 2
+    losses = []
+    for r in range(rows):
+        for c in range(columns):
+            four = [(2 * r + y) * grid[1] + 2 * c + x for y in (0, 1) for x in (0, 1)]
+            loss = sum(float((half[four[0]] - fine[p]).square().mean()) for p in four) / 4
+            y, x = (2 * i / (n - 1) - 1 if n > 1 else -1 for i, n in ((r, rows), (c, columns)))
+            losses.append((math.log(loss) - coarse.CENTRE / 2 * (y * y + x * x), four[0]))
+    return {first for _, first in sorted(losses)[:regions]}
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (5, 8), (7, 7), (2, 2)])
+def test_the_regions_of_least_loss_join_and_the_rest_stays(grid: tuple[int, int]) -> None:
+    rows, columns = grid[0] // 2, grid[1] // 2
+    patches, regions = grid[0] * grid[1], max(rows * columns // 2, 1)
+    fine = torch.randn(2, patches, 5)
+    half = coarse.spread(torch.randn(2, rows, columns, 5), grid)
+    plan, chosen, loss = coarse.plan(fine, half, grid, regions)
+    assert plan.slots == patches - 3 * regions
+    assert loss.shape == chosen.shape == (2, patches)
+    assert (loss > 0).all()
+    for image in range(2):
+        firsts = chosen_by_loop(fine[image], half[image], grid, regions)
+        expected, slot = [0] * patches, 0
+        inside = set()
+        for patch in range(patches):
+            if patch in inside:
+                continue
+            expected[patch] = slot
+            if patch in firsts:
+                for other in (patch + 1, patch + grid[1], patch + grid[1] + 1):
+                    expected[other] = slot
+                    inside.add(other)
+            slot += 1
+        assert plan.slot[image].tolist() == expected
+        marked = {int(p) for p in chosen[image].nonzero()}
+        assert marked == firsts | inside
+
+
+def test_flat_regions_count_as_the_least_and_the_border_goes_first() -> None:
+    flat = torch.zeros(1, 36, 4)
+    plan, chosen, _ = coarse.plan(flat, flat, (6, 6), 4)
+    assert chosen.reshape(6, 6)[:2, :2].all()
+    assert not chosen.reshape(6, 6)[2:4].any()
+    assert plan.slots == 24
+
+
+def test_an_image_at_half_its_resolution_leaves_odd_rows_out_and_fills_what_is_missing() -> None:
+    image = torch.randn(1, 3, 24, 40)
+    half = coarse.halved(image, (3, 5), (8, 8))
+    assert torch.equal(half, F.avg_pool2d(image[:, :, :16, :32], 2))
+    padded = coarse.halved(image[:, :, :, :30], (3, 4), (8, 8))  # 4 columns are 32 pixels
+    assert torch.equal(padded, F.avg_pool2d(F.pad(image[:, :, :16, :30], (0, 2)), 2))
+
+
+@torch.no_grad()
+def test_a_coarse_token_is_the_region_at_half_resolution_at_its_mean_place(
+    vit: Any, image: Tensor
+) -> None:
+    first: list[Tensor] = []
+    handle = vit.blocks[0].register_forward_pre_hook(lambda _, given: first.append(given[0]))
+    vit(image)
+    mergence.apply(vit, schedule=[24] * 6, coarse=4 / 9)
+    trace = mergence.trace(vit, image)
+    handle.remove()
+    whole, tokens = first
+    position = whole[:, 1:] - vit.patch_embed.proj(image).flatten(2).transpose(1, 2)
+    half = vit.patch_embed.proj(F.avg_pool2d(image, 2)).flatten(2).transpose(1, 2)
+    (point,) = trace.points
+    assert point.block == 0
+    assert tokens.shape[1] == 1 + 24
+    assert torch.equal(tokens[:, 0], whole[:, 0])
+    for index in range(len(image)):
+        for slot in range(24):
+            members = (point.source[index] == slot).nonzero().flatten()
+            expected = whole[index, 1 + members[0]]
+            if len(members) > 1:
+                assert len(members) == 4
+                row, column = divmod(int(members[0]), 6)
+                region = row // 2 * 3 + column // 2
+                expected = half[index, region] + position[index, members].mean(dim=0)
+            torch.testing.assert_close(tokens[index, 1 + slot], expected, atol=1e-5, rtol=1e-5)
+            assert point.size[index, slot] == len(members)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_reads_coarsely(kind: str, fresh: Any, image: Tensor) -> None:
+    model = fresh(f"timm-{kind}")
+    dense = answer(model(image))
+    mergence.apply(model, **OPTIONS)
+    assert mergence.describe(model).start == 24
+    reduced = answer(model(image))
+    assert reduced.shape == dense.shape
+    assert reduced.isfinite().all()
+    assert not torch.equal(reduced, dense)
+    torch.testing.assert_close(answer(model(image[1:2])), reduced[1:2], atol=1e-5, rtol=1e-4)
+    maps = model.forward_intermediates(image, indices=1, intermediates_only=True)
+    assert maps[0].shape[2:] == (6, 6)
+    assert mergence.restore(model.forward_features(image)).shape[1] == model.num_prefix_tokens + 36
+    with mergence.disabled(model):
+        assert torch.equal(answer(model(image)), dense)
+    assert torch.equal(answer(mergence.remove(model)(image)), dense)
+
+
+@torch.no_grad()
+def test_a_picture_in_one_colour_loses_nothing(vit: Any) -> None:
+    vit = vit.double()
+    nn.init.zeros_(vit.pos_embed)
+    image = torch.randn(2, 3, 1, 1, dtype=torch.float64).expand(2, 3, 96, 96)
+    expected = vit(image)
+    mergence.apply(vit, **OPTIONS)
+    torch.testing.assert_close(vit(image), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_other_sizes_of_images_and_odd_grids(fresh: Any) -> None:
+    import timm
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", embed_dim=48, depth=2, num_heads=3, dynamic_img_size=True
+    ).eval()
+    mergence.apply(model, keep_rate=0.7, coarse=0.25)
+    with torch.no_grad():
+        for side in (224, 112, 144):
+            assert model(torch.randn(2, 3, side, side)).shape == (2, 1000)
+    narrow = torch.randn(1, 3, 16, 256)
+    with pytest.raises(ScheduleError, match=r"coarse=0\.25 asks for 1 of .* 1 x 16 .* hold 0"):
+        model(narrow)
+
+
+def test_a_whole_image_can_be_coarse(vit: nn.Module, image: Tensor) -> None:
+    mergence.apply(vit, schedule=[9] * 6, coarse=1.0)
+    assert (mergence.trace(vit, image).points[0].size == 4).all()
+
+
+def test_the_books_reach_the_first_block_only_with_the_run(vit: Any) -> None:
+    mergence.apply(vit, schedule=[24] * 6, coarse=4 / 9)
+    with pytest.raises(mergence.errors.ReducedOutputError, match="by itself"):
+        vit.blocks[0](torch.randn(1, 25, 48))
+
+
+def test_gradients_reach_the_patch_embedding(vit: Any, image: Tensor) -> None:
+    mergence.apply(vit, **OPTIONS).train()(image).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in vit.parameters())
+
+
+def test_recipes_keep_it_and_schedules_scale_by_patches(vit: nn.Module, tmp_path: Path) -> None:
+    mergence.apply(vit, schedule=mergence.Counts(after=tuple(COUNTS), of=36), coarse=0.5)
+    mergence.recipe_of(vit).save(tmp_path / "r.json")
+    mergence.apply(vit, tmp_path / "r.json")
+    found = mergence.describe(vit)
+    assert (found.start, list(found.counts)) == (24, COUNTS)
+    assert "36 → 24 → 20 20 15" in str(found)
+    # More tokens than enter cannot leave: at another size, rounding must not ask for them.
+    mergence.apply(vit, schedule=mergence.Counts(after=(97,) * 6, of=144), coarse=0.5)
+    assert mergence.describe(vit).counts == (24,) * 6
+
+
+def test_what_cannot_be_is_refused_before_anything_changes(fresh: Any, vit: nn.Module) -> None:
+    with pytest.raises(OptionError, match=r"coarse is 1\.5"):
+        mergence.apply(vit, macs=0.5, coarse=1.5)
+    with pytest.raises(OptionError, match="learned module"):
+        mergence.apply(vit, "mstm", macs=0.5, coarse=0.2, fusion=True)
+    other = fresh("timm_eva-eva02")
+    with pytest.raises(OptionError, match="cannot read patches of this model coarsely"):
+        mergence.apply(other, macs=0.5, coarse=0.2)
+    assert type(other).__name__ == "Eva"
+    with pytest.raises(mergence.errors.MergenceError, match="not reduced"):
+        mergence.describe(other)
+
+
+def test_macs_count_the_second_reading(vit: nn.Module) -> None:
+    whole = mergence.describe(mergence.apply(vit, schedule=[36] * 6)).reduced
+    found = mergence.describe(mergence.apply(vit, schedule=[24] * 6, coarse=4 / 9)).reduced
+    assert found.stem == whole.stem * 5 // 4
+    assert found.merging == 36 * 48
+    assert found.mlp == whole.mlp * 25 // 37
+
+
+@pytest.mark.slow
+def test_it_compiles_in_one_graph_and_exports_with_any_batch(
+    vit: nn.Module, image: Tensor, tmp_path: Path
+) -> None:
+    mergence.apply(vit, **OPTIONS)
+    with torch.no_grad():
+        expected = answer(vit(image))
+        compiled = torch.compile(vit, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(answer(compiled(image)), expected)
+        batch = torch.export.Dim("batch", min=1, max=64)
+        exported = torch.export.export(vit, (image,), dynamic_shapes=({0: batch},)).module()
+        torch.testing.assert_close(answer(exported(image[:2])), expected[:2])
+    done = mergence.export(vit, tmp_path / "m.onnx", image)
+    assert done.agreement.off == 0
+    assert not any("Scatter" in operator for operator in done.operators)
+
+
+def test_a_plan_of_regions_is_merged_like_any_other() -> None:
+    fine = torch.randn(2, 36, 5)
+    half = coarse.spread(torch.randn(2, 3, 3, 5), (6, 6))
+    plan, chosen, _ = coarse.plan(fine, half, (6, 6), 3)
+    assert isinstance(plan, MergePlan)
+    merged, size = merge(torch.where(chosen[..., None], half, fine), torch.ones(2, 36), plan)
+    assert merged.shape == (2, 27, 5)
+    assert size.sum(dim=1).tolist() == [36, 36]
