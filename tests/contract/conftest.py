@@ -35,7 +35,8 @@ KEEP_RATE = 0.7  # three reductions, each small enough for every method
 # The fast tier has the plain model and one model a library; all else is slow.
 PLAIN = "timm-vit"
 KINDS = [f"{f.name}-{kind}" for f in family.registry().values() for kind in f.tiny()]
-FIRST_OF_LIBRARY = [next(k for k in KINDS if k.startswith(f"{f}-")) for f in family.registry()]
+LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
+FIRST_OF_LIBRARY = [next(k for k in KINDS if k.startswith(f"{name}-")) for name in LIBRARIES]
 SORTS = ("mergence", "tome", "topk")
 PAIRS = [
     (KINDS[i % len(KINDS)], names()[i % len(names())]) for i in range(max(len(KINDS), len(names())))
