@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mergence.coarse import tokens_left
 from mergence.frontier import draw_frontier
 from mergence.visualize import save
 
@@ -58,17 +59,17 @@ def main() -> None:
 def _headline(result: dict[str, Any]) -> str:
     """The calibrated recipes of `mergence`, in one table."""
     dense, *rows = result["results"]
-    lines = ["| MACs | top-1 | change | same answer | KL | reductions |", "|---" * 6 + "|"]
-    lines += [f"| 100 % | {dense['top1']:.2f} | | | | |"]
+    lines = ["| MACs | top-1 | change | same answer | KL | coarse | reductions |"]
+    lines += ["|---" * 7 + "|", f"| 100 % | {dense['top1']:.2f} | | | | | |"]
     for row in rows:
         if row["name"].startswith("mergence") and row["name"].endswith("calibrated"):
-            points = len(
-                set(row["recipe"]["schedule"]["after"]) - {row["recipe"]["schedule"]["of"]}
-            )
+            schedule = row["recipe"]["schedule"]
+            share = row["recipe"]["method"].get("coarse", 0.0)
+            points = len(set(schedule["after"]) - {tokens_left(share, schedule["of"])})
             lines.append(
                 f"| {row['macs_ratio']:.0%} | {row['top1']:.2f} | "
                 f"{_signed(row['top1'] - dense['top1'])} | {row['agreement']:.1f} % | "
-                f"{row['kl']:.4f} | {points} |"
+                f"{row['kl']:.4f} | {share:.0%} | {points} |"
             )
     return "\n".join([*lines, "", f"{result['model']}, {result['images']:,} validation images."])
 
