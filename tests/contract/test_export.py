@@ -24,7 +24,9 @@ def test_the_exported_model_agrees_at_every_batch_size(
     program = torch.export.export(exportable, (image,), dynamic_shapes=({0: batch},))
     exported = program.module()
     for other in (image, image[:1], inputs(5)):
-        assert torch.equal(output(exported, other), output(exportable, other))
+        # An exported graph merges without scatter, in another order of float32 sums.
+        found, expected = output(exported, other), output(exportable, other)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 class Step(nn.Module):

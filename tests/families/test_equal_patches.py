@@ -17,7 +17,13 @@ from mergence import family
 from mergence.outputs import answer
 
 # Equal patches are told apart by rotation or by a bias for pairs of places; a video has two frames.
-APART = ("timm_eva", "timm_beit", "transformers-dinov3", "transformers-videomae")
+APART = (
+    "timm_eva",
+    "timm_beit",
+    "timm_naflex-rope",
+    "transformers-dinov3",
+    "transformers-videomae",
+)
 ONE_KERNEL = ("open_clip", "torchvision")
 FAST = {f"{f.name}-{next(iter(f.tiny()))}" for f in family.registry().values()}
 CASES = [

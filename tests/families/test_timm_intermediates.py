@@ -186,4 +186,5 @@ def test_intermediates_compile_in_one_graph_and_export(small: Any) -> None:
     exported = torch.export.export(getter, (image,), dynamic_shapes=({0: batch},)).module()
     found = exported(image[:1])
     for a, b in zip(found, getter(image[:1]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        # An exported graph merges without scatter, in another order of float32 sums.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
