@@ -35,7 +35,10 @@ KEEP_RATE = 0.7  # three reductions, each small enough for every method
 # The fast tier has the plain model and one model a library; all else is slow.
 PLAIN = "timm-vit"
 KINDS = [f"{f.name}-{kind}" for f in family.registry().values() for kind in f.tiny()]
-LIBRARIES = ("timm", "transformers", "torchvision", "open_clip")
+# timm_eva and the like are of timm.
+LIBRARIES = [
+    f for f in family.registry() if not any(f.startswith(f"{g}_") for g in family.registry())
+]
 FIRST_OF_LIBRARY = [next(k for k in KINDS if k.startswith(f"{name}-")) for name in LIBRARIES]
 SORTS = ("mergence", "tome", "topk")
 PAIRS = [
