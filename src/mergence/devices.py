@@ -7,6 +7,12 @@ import warnings
 import torch
 
 
+def best_device() -> str:
+    """The type of device that this machine computes fastest on."""
+    best = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if best is None else best.type
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until a device has done all of its work; a CPU always has."""
     if device.type != "cpu":

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+from mergence.coarse import SIDE
+
 
 @dataclass(frozen=True)
 class BlockCost:
@@ -111,7 +113,7 @@ def count(
     stem = patches * model.stem
     start = before = patches if reduction is None else reduction.start(patches)
     if start < patches:  # every region is read at half the resolution, and then some are chosen
-        stem += patches // 4 * model.stem
+        stem += patches // SIDE**2 * model.stem
         merging = patches * model.dim
     for index, block in enumerate(model.blocks):
         after = before if counts is None else counts[index]

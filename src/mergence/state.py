@@ -47,12 +47,6 @@ class Carry:
     position: Tensor | None = None
     slots: tuple[Tensor, ...] = ()
 
-    def sizes(self, like: Tensor) -> Tensor:
-        """The sizes, ones before the first reduction; `like [B, N]` is on their device."""
-        if self.size is None:
-            return torch.ones(like.shape, device=like.device)
-        return self.size
-
     def source(self, tokens: int) -> Tensor | None:
         """The source map at the place where so many patch tokens were left.
 

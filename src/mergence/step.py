@@ -125,23 +125,25 @@ class Program:
         """Index of the first block that reduces at the model's own input size, or None."""
         return _first_reduction(self.start(self.patches), self.counts())
 
-    def reduces_before(self, block: int) -> bool:
-        """Whether fewer tokens than patches enter a block, counted from 0."""
-        first, coarse = self.first_reduction(), self.start(self.patches) < self.patches
-        return coarse or (first is not None and block > first)
+    def entering(self, block: int, patches: int) -> int:
+        """Patch tokens that enter a block, counted from 0."""
+        return self.counts(patches)[block - 1] if block else self.start(patches)
 
-    def merged(self, x: Tensor, carry: Carry, plan: MergePlan) -> tuple[Tensor, Carry]:
+    def merged(
+        self, x: Tensor, size: Tensor, carry: Carry, plan: MergePlan
+    ) -> tuple[Tensor, Carry]:
         """Carry out a plan and keep the books.
 
         Args:
             x: `[B, P + N, C]` prefix and patch tokens.
-            carry: What is known about them.
+            size: `[B, N]` float32, how many patches each patch token stands for.
+            carry: What else is known about them.
             plan: The plan.
 
         Returns:
             `[B, P + slots, C]` and what is known about these tokens.
         """
-        merged, size = ops.merge(x, carry.sizes(plan.slot), plan, self.prefix)
+        merged, size = ops.merge(x, size, plan, self.prefix)
         factor = self.method.size_attention
         bias = _size_bias(size, self.prefix, x.dtype, factor) if factor else None
         return merged, replace(carry, size=size, bias=bias, slots=(*carry.slots, plan.slot))
@@ -184,7 +186,8 @@ class Program:
             # Each patch of a chosen region takes its embedding; their mean has the mean position.
             change = torch.where(chosen.unsqueeze(2), half - fine, 0)
             x = torch.cat((x[:, : self.prefix], x[:, self.prefix :] + change), dim=1)
-            x, run.carry = self.merged(x, Carry(fine.shape[1], run.grid), plan)
+            size = torch.ones(fine.shape[:2], device=x.device)
+            x, run.carry = self.merged(x, size, Carry(fine.shape[1], run.grid), plan)
         if run.observer is not None:
             run.observer.reduced(0, run.carry, plan, loss)
         return x
@@ -230,7 +233,8 @@ class BlockStep:
         run = self.program.run
         known = run.known() if run.active else attached(x)
         if known is None:
-            if self.program.reduces_before(self.index):
+            program = self.program
+            if program.entering(self.index, program.patches) < program.patches:
                 raise ReducedOutputError(
                     f"Block {self.index + 1} of a reduced model was called by itself, and the "
                     "sizes of its tokens are not known. Call the model's forward or "
@@ -244,9 +248,8 @@ class BlockStep:
 
     def slots(self, carry: Carry) -> int | None:
         """How many patch tokens the block leaves, or None where it removes none."""
-        counts = self.program.counts(carry.patches)
-        before = counts[self.index - 1] if self.index else self.program.start(carry.patches)
-        return counts[self.index] if counts[self.index] < before else None
+        after = self.program.counts(carry.patches)[self.index]
+        return after if after < self.program.entering(self.index, carry.patches) else None
 
     def leave(self, x: Tensor, carry: Carry) -> None:
         """Hand the books to the next block."""
@@ -291,7 +294,9 @@ class BlockStep:
                 )
             x = torch.cat((x[:, :prefix], learned(x[:, prefix:], carry.grid)), dim=1)
             run.lap("learned")
-        patches = x[:, prefix:]
+        patches, size = x[:, prefix:], carry.size
+        if size is None:
+            size = torch.ones(patches.shape[:2], device=x.device)
         # Autocast would turn the merge's output, and so the residual stream, to half precision.
         with torch.autocast(x.device.type, enabled=False):
             importance = keys = received = None
@@ -308,11 +313,10 @@ class BlockStep:
                 received = attention_received(q, k, scale, added)[:, prefix:]
             run.lap("scoring")
             block, depth = self.index + 1, self.program.depth
-            size = carry.sizes(patches[..., 0])
             view = TokenView(patches, size, block, depth, importance, keys, received)
             plan = method.plan(view, slots)
             run.lap("planning")
-            merged, after = self.program.merged(x, carry, plan)
+            merged, after = self.program.merged(x, size, carry, plan)
             if self.program.cost.placed and importance is not None:
                 position = most_important(plan, importance)
                 if carry.position is not None:

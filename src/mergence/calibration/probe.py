@@ -68,9 +68,9 @@ class Probe:
             counts: Patch tokens after each block.
             images: How many images to measure, rounded up to whole batches; None takes all.
         """
-        first = next((i for i, n in enumerate(counts) if n < self.patches), len(counts))
-        if method.coarse:
-            first = 0
+        first = 0
+        if not method.coarse:
+            first = next((i for i, n in enumerate(counts) if n < self.patches), len(counts))
         recipe, done, total = Recipe(method, Counts(after=tuple(counts))), 0, 0.0
         with torch.inference_mode(), applied(self._model, recipe):
             for batch, dense, inputs in zip(self._batches, self._dense, self._inputs, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -66,18 +66,16 @@ class Best:
         """
         if trials:
             self._try(self.method, self.counts)
-        for name, values in options.items():
-            value = getattr(self.method, name)
-            larger = sorted(v for v in values if v > value)
-            smaller = sorted((v for v in values if v < value), reverse=True)
-            for direction in (larger, smaller):
-                for other in direction:
-                    method = dataclasses.replace(self.method, **{name: other})
-                    counts = self.counts
-                    if name == "coarse":  # other tokens enter, so others leave
-                        counts = best_counts(table, self.prices(method), budget, points)
-                    if self.trials >= trials or not self._try(method, counts):
-                        break
+        for name, direction in self._directions(options):
+            for other in direction:
+                if self.trials >= trials:
+                    break
+                method = dataclasses.replace(self.method, **{name: other})
+                prices, counts = self.prices(method), self.counts
+                if prices.setting.tokens != self.prices(self.method).setting.tokens:
+                    counts = best_counts(table, prices, budget, points)  # others must leave
+                if not self._try(method, counts):
+                    break
         prices = self.prices(self.method)
         seen = {self.counts}
 
@@ -96,6 +94,15 @@ class Best:
                     improved = self._try(self.method, counts)
                     if improved:
                         break
+
+    def _directions(
+        self, options: Mapping[str, Sequence[float]]
+    ) -> Iterator[tuple[str, list[float]]]:
+        """For each option the larger values, then the smaller ones, the nearest first."""
+        for name, values in options.items():
+            value = getattr(self.method, name)
+            yield name, sorted(v for v in values if v > value)
+            yield name, sorted((v for v in values if v < value), reverse=True)
 
     def _try(self, method: Method, counts: tuple[int, ...]) -> bool:
         distance = self.probe.mean(self.measure, method, counts, self.images)

@@ -100,10 +100,11 @@ def calibrate(
     back = surgery.bookmark(model)
     try:
         remove(model)
+        spec = family.find(model).inspect(model)
         options = dict(method.tunable) if tune else {}
-        if not family.find(model).inspect(model).coarse:
+        if not spec.coarse:
             options.pop("coarse", None)
-        objective = objective or _objective_of(model)
+        objective = objective or ("kl" if spec.classes > 1 else "cosine")
         distance, searched = OBJECTIVES[objective]
         pixels, skipped = _first_images(batches, images, device, dtype)
         work = Work(progress, sum(map(len, pixels)), trials, len(budgets) or 1)
@@ -214,10 +215,6 @@ def _compared(
     if uncalibrated < calibrated and len({setting.tokens, *own}) - 1 <= points:
         best.counts, calibrated = own, uncalibrated
     return calibrated, uncalibrated
-
-
-def _objective_of(model: nn.Module) -> Objective:
-    return "kl" if family.find(model).inspect(model).classes > 1 else "cosine"
 
 
 def _check(

@@ -66,13 +66,15 @@ def device_of(name: str) -> str:
     """
     import torch
 
-    best = torch.accelerator.current_accelerator(check_available=True)
+    from mergence.devices import best_device
+
+    best = best_device()
     if name == "auto":
-        return "cpu" if best is None else best.type
+        return best
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as problem:
-        found = "cpu" if best is None else f"cpu and {best.type}"
+        found = best if best == "cpu" else f"cpu and {best}"
         raise OptionError(
             f"--device {name} cannot be used here: {str(problem).splitlines()[0]} "
             f"This machine has {found}."

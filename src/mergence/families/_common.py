@@ -71,6 +71,32 @@ def keep(x: Tensor, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor
     return x
 
 
+def reduced_unbiased(
+    block: Any,
+    x: Tensor,
+    dense: Callable[[Tensor], Tensor],
+    restated: Callable[[Any, Tensor, Tensor | None, Reduce], Tensor],
+    scale: float,
+) -> Tensor:
+    """`reduced_forward` of a block whose library has no way in for a bias on the keys.
+
+    Args:
+        block: The block.
+        x: `[B, P + N, C]`.
+        dense: The library's forward; it runs as long as there is no bias.
+        restated: The same restated, from block, tokens, bias and `reduce`.
+        scale: The factor on the attention's logits.
+    """
+
+    def biased(x: Tensor, known: Carry, reduce: Reduce) -> Tensor:
+        return restated(block, x, known.bias, reduce)
+
+    def library(x: Tensor, known: Carry) -> Tensor:
+        return dense(x) if known.bias is None else biased(x, known, keep)
+
+    return reduced_forward(block, x, library, biased, scale)
+
+
 def refuse_mask(given: bool) -> None:
     """Refuse an attention mask.
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
-
-from mergence.families._common import Reduce, keep, reduced_forward
-from mergence.state import Carry
 
 
 def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,29 +41,3 @@ def scale_of(attn: Any) -> float:
     """The factor on the logits of an `nn.MultiheadAttention`."""
     scale: float = attn.head_dim**-0.5
     return scale
-
-
-def reduced_multihead(
-    block: Any,
-    attn: Any,
-    x: Tensor,
-    dense: Callable[[Tensor], Tensor],
-    block_forward: Callable[[Any, Tensor, Tensor | None, Reduce], Tensor],
-) -> Tensor:
-    """`reduced_forward` of a block around `attn`, which has no way in for a bias on the keys.
-
-    Args:
-        block: The block.
-        attn: Its `nn.MultiheadAttention`.
-        x: `[B, P + N, C]`.
-        dense: The library's forward.
-        block_forward: The same restated, from block, tokens, bias and `reduce`.
-    """
-
-    def restated(x: Tensor, known: Carry, reduce: Reduce) -> Tensor:
-        return block_forward(block, x, known.bias, reduce)
-
-    def library(x: Tensor, known: Carry) -> Tensor:
-        return dense(x) if known.bias is None else restated(x, known, keep)
-
-    return reduced_forward(block, x, library, restated, scale_of(attn))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mergence.families._common import Reduce, keep, reduced_forward, refuse_mask
+from mergence.families._common import Reduce, reduced_forward, reduced_unbiased, refuse_mask
 from mergence.families._transformers import CLIP, DINO, VIDEO, VIT, Layout
 from mergence.state import Carry
 from mergence.step import BlockStep
@@ -165,18 +165,13 @@ class ReducedVideoBlock:
         if step.program.run.disabled:
             y: Tensor = dense.forward(hidden_states, **options)
             return y
-
-        def restated(x: Tensor, known: Carry, reduce: Reduce) -> Tensor:
-            return video_block_forward(self, x, known.bias, reduce)
-
-        def library(x: Tensor, known: Carry) -> Tensor:
-            if known.bias is not None:
-                return restated(x, known, keep)
-            y: Tensor = dense.forward(x, **options)
-            return y
-
-        scale = scale_of(self.attention.attention)
-        return reduced_forward(self, hidden_states, library, restated, scale)
+        return reduced_unbiased(
+            self,
+            hidden_states,
+            lambda x: dense.forward(x, **options),
+            video_block_forward,
+            scale_of(self.attention.attention),
+        )
 
 
 BLOCK_MIXINS: dict[Layout, type] = {

@@ -21,10 +21,11 @@ from mergence.families._common import (
     linear_macs,
     mean_by_size,
     randomised,
+    reduced_unbiased,
     refuse_mask,
     require_class,
 )
-from mergence.families._multihead import attention, reduced_multihead
+from mergence.families._multihead import attention, scale_of
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
 from mergence.restoring import restored
@@ -62,7 +63,7 @@ class ReducedBlock:
             y: Tensor = dense.forward(q_x, k_x, v_x, attn_mask)
             return y
         refuse_mask(attn_mask is not None)
-        return reduced_multihead(self, self.attn, q_x, dense.forward, block_forward)
+        return reduced_unbiased(self, q_x, dense.forward, block_forward, scale_of(self.attn))
 
 
 class ReducedTower:

@@ -169,7 +169,7 @@ class ReducedTrunk:
 
 
 class ReducedModel(ReducedTrunk):
-    """Mixed into `timm.models.vision_transformer.VisionTransformer`."""
+    """Mixed into models that pool in a `pool` of their own."""
 
     def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
         """The model's pooling, in which a merged token counts as often as the patches in it."""
@@ -229,10 +229,8 @@ class ReducedViT(ReducedModel):
         """The tokens with their positions, some of them read coarsely."""
         dense: Any = super()
         y = dense._pos_embed(x)
-        embed, program = self.patch_embed, self._mergence
-        if not program.method.coarse:
-            return y
-        return program.coarsened(
+        embed = self.patch_embed
+        return self._mergence.coarsened(
             y,
             x.flatten(1, -2),  # rows and columns where sizes are dynamic
             lambda image: embed.norm(embed.proj(image).flatten(2).transpose(1, 2)),

@@ -15,9 +15,10 @@ from mergence.families._common import (
     Reduce,
     linear_macs,
     randomised,
+    reduced_unbiased,
     require_class,
 )
-from mergence.families._multihead import attention, reduced_multihead
+from mergence.families._multihead import attention, scale_of
 from mergence.family import Family, ModelSpec
 from mergence.macs import BlockCost, ModelCost
 from mergence.step import BlockStep, Program
@@ -44,7 +45,8 @@ class ReducedBlock:
             y: Tensor = dense.forward(input)
             return y
 
-        return reduced_multihead(self, self.self_attention, input, dense.forward, block_forward)
+        scale = scale_of(self.self_attention)
+        return reduced_unbiased(self, input, dense.forward, block_forward, scale)
 
 
 class ReducedModel:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mergence.ops import dense
 from mergence.plan import MergePlan
 
 
@@ -43,12 +44,8 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
     return merged[:, :-1].to(x.dtype), merged_size[:, :-1]
 
 
-class Cosines:
-    """The cosines between all tokens, as one matrix; see `mergence.ops.cosines`."""
-
-    def __init__(self, x: Tensor) -> None:
-        metric = F.normalize(x.detach(), dim=2)
-        self._matrix = (metric @ metric.transpose(1, 2)).float()
+class Cosines(dense.Cosines):
+    """The same, from differences of ranks instead of comparisons of scores."""
 
     def to_nearest_above(self, score: Tensor) -> Tensor:
         """See `mergence.ops.dense.Cosines`."""
@@ -58,9 +55,3 @@ class Cosines:
         # 0 where the other token is above, and -4 elsewhere.
         behind = ((rank - 4).unsqueeze(2) - rank.unsqueeze(1)).clamp_(-4, 0)
         return behind.add_(self._matrix).amax(dim=2).clamp(-1, 1)
-
-    def nearest_kept(self, stays: Tensor) -> Tensor:
-        """See `mergence.ops.dense.Cosines`."""
-        position = torch.arange(stays.shape[1], device=stays.device)
-        nearest = (self._matrix - torch.where(stays, 0.0, 4.0).unsqueeze(1)).max(dim=2).indices
-        return torch.where(stays, position, nearest)

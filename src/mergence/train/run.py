@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mergence.devices import best_device
 from mergence.errors import CheckpointError, MergenceError, OptionError
 from mergence.train import build, checkpoint
 from mergence.train.checkpoint import State
@@ -60,8 +61,7 @@ class Run:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.config = config
-        best = torch.accelerator.current_accelerator(check_available=True)
-        place = "cpu" if best is None or config.device == "cpu" else best.type
+        place = "cpu" if config.device == "cpu" else best_device()
         # With the counts that it is trained with, wherever the result is loaded.
         self.recipes = {name: one.on(place) for name, one in build.recipes_of(config).items()}
         seed_all(config.seed, "start")
