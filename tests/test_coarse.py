@@ -162,7 +162,7 @@ def test_other_sizes_of_images_and_odd_grids(fresh: Any) -> None:
         for side in (224, 112, 144):
             assert model(torch.randn(2, 3, side, side)).shape == (2, 1000)
     narrow = torch.randn(1, 3, 16, 256)
-    with pytest.raises(ScheduleError, match=r"coarse=0\.25 asks for 1 of .* 1 x 16 .* hold 0"):
+    with pytest.raises(ScheduleError, match=r"1 regions .* 1 x 16 .* hold 0"):
         model(narrow)
 
 
@@ -240,3 +240,34 @@ def test_a_plan_of_regions_is_merged_like_any_other() -> None:
     merged, size = merge(torch.where(chosen[..., None], half, fine), torch.ones(2, 36), plan)
     assert merged.shape == (2, 27, 5)
     assert size.sum(dim=1).tolist() == [36, 36]
+
+
+def test_a_small_budget_reads_coarsely_by_itself(vit: nn.Module, image: Tensor) -> None:
+    mergence.apply(vit, macs=0.35)
+    found = mergence.describe(vit)
+    assert found.start < 36
+    assert found.macs_ratio <= 0.35
+    trace = mergence.trace(vit, image)
+    assert trace.points[0].block == 0
+    assert trace.points[0].size.shape[1] == found.start
+    mergence.apply(vit, macs=0.8)
+    assert mergence.describe(vit).start == 36
+
+
+def test_coarse_0_and_other_shapes_read_nothing_coarsely(fresh: Any) -> None:
+    vit = fresh("timm-vit")
+    for options in ({"macs": 0.35, "coarse": 0}, {"schedule": [12] * 6}, {"keep_rate": 0.3}):
+        mergence.apply(vit, **options)
+        assert mergence.describe(vit).start == 36
+    beit = fresh("timm_beit-beit")
+    mergence.apply(beit, macs=0.35)
+    assert mergence.describe(beit).start == 36
+
+
+@pytest.mark.parametrize("align", [1, 2, 4])
+def test_tokens_that_enter_are_aligned(vit: nn.Module, image: Tensor, align: int) -> None:
+    mergence.apply(vit, macs=0.35, align=align)
+    found = mergence.describe(vit)
+    assert found.start < 36
+    assert (found.start + found.prefix) % align == 0
+    assert answer(vit(image)).isfinite().all()

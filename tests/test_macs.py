@@ -28,7 +28,7 @@ def gmacs_of_the_model_alone(model: nn.Module) -> float:
     """As papers count: what choosing and merging cost is left out."""
     found = mergence.describe(model)
     cost = family.find(model).inspect(model).cost
-    return count(cost, found.patches, found.counts).total / 1e9
+    return count(cost, found.patches, (found.start, *found.counts)).total / 1e9
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_every_part_of_reducing_is_counted(deit_small: nn.Module) -> None:
     assert parts.planning == sum((n - k) * k for n, k in zip(before, after, strict=True)) * 384
     assert parts.merging == sum(before) * 384
     assert parts.learned > 0
-    alone = count(cost, 196, found.counts).total
+    alone = count(cost, 196, (found.start, *found.counts)).total
     assert parts.total == (
         alone + parts.importance + parts.planning + parts.merging + parts.learned
     )

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mergence import schedule as schedules
 from mergence.errors import RecipeError, ScheduleError
-from mergence.schedule import Constant, Counts, KeepRate, Macs, Schedule, Setting
+from mergence.schedule import Constant, Counts, KeepRate, Macs, Ramp, Schedule
+from mergence.setting import Setting
 
 
 def setting(
@@ -26,7 +27,7 @@ def setting(
 ) -> Setting:
     # The share of tokens that the MLPs see: simple, and as monotonous as MACs.
     def share(counts: tuple[int, ...]) -> float:
-        return sum(counts) / (tokens * depth)
+        return sum(counts[1:]) / (tokens * depth)
 
     return Setting(
         tokens=tokens,
@@ -39,6 +40,13 @@ def setting(
     )
 
 
+def counts_of(schedule: Schedule, setting: Setting) -> tuple[int, ...]:
+    """Patch tokens after each block, where all enter the first."""
+    start, *counts = schedule.tokens(setting)
+    assert start == setting.tokens
+    return tuple(counts)
+
+
 SHAPES: list[Schedule] = [
     kind()  # type: ignore[operator]
     for kind in schedules._KINDS.values()
@@ -47,22 +55,22 @@ SHAPES: list[Schedule] = [
 
 
 def test_keep_rate_reduces_at_the_quarters_and_rounds_up() -> None:
-    counts = KeepRate(keep_rate=0.7).counts(setting())
+    counts = counts_of(KeepRate(keep_rate=0.7), setting())
     assert counts == (196,) * 3 + (138,) * 3 + (97,) * 3 + (68,) * 3
 
 
 def test_keep_rate_does_not_round_up_what_only_floats_make_a_fraction() -> None:
-    assert KeepRate(keep_rate=0.7, blocks=(1,)).counts(setting(10, 1)) == (7,)
+    assert counts_of(KeepRate(keep_rate=0.7, blocks=(1,)), setting(10, 1)) == (7,)
 
 
 def test_keep_rate_reduces_where_it_is_told() -> None:
-    counts = KeepRate(keep_rate=0.5, blocks=(2, 5)).counts(setting(100, 6))
+    counts = counts_of(KeepRate(keep_rate=0.5, blocks=(2, 5)), setting(100, 6))
     assert counts == (100, 50, 50, 50, 25, 25)
 
 
 def test_keep_rate_reduces_every_so_many_blocks_at_any_depth() -> None:
-    assert KeepRate(keep_rate=0.9, every=1).counts(setting(100, 4)) == (90, 81, 73, 66)
-    assert KeepRate(keep_rate=0.5, every=2).counts(setting(100, 5)) == (100, 50, 50, 25, 25)
+    assert counts_of(KeepRate(keep_rate=0.9, every=1), setting(100, 4)) == (90, 81, 73, 66)
+    assert counts_of(KeepRate(keep_rate=0.5, every=2), setting(100, 5)) == (100, 50, 50, 25, 25)
 
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"every": 1, "blocks": (4,)}], ids=str)
@@ -72,12 +80,12 @@ def test_keep_rate_takes_either_blocks_or_a_distance(wrong: Any) -> None:
 
 
 def test_constant_removes_the_same_number_after_each_block() -> None:
-    assert Constant(r=3).counts(setting(20, 4)) == (17, 14, 11, 8)
-    assert Constant(r=3, first=3).counts(setting(20, 4)) == (20, 20, 17, 14)
+    assert counts_of(Constant(r=3), setting(20, 4)) == (17, 14, 11, 8)
+    assert counts_of(Constant(r=3, first=3), setting(20, 4)) == (20, 20, 17, 14)
 
 
 def test_a_fraction_of_a_token_is_honoured_on_average() -> None:
-    counts = Constant(r=1.25).counts(setting(20, 8))
+    counts = counts_of(Constant(r=1.25), setting(20, 8))
     assert counts[-1] == 20 - 10
     assert all(
         before - after in (1, 2) for before, after in zip((20, *counts), counts, strict=False)
@@ -86,24 +94,24 @@ def test_a_fraction_of_a_token_is_honoured_on_average() -> None:
 
 def test_constant_removes_as_many_as_the_method_can() -> None:
     half = setting(20, 4, fewest=lambda tokens: tokens - tokens // 2)
-    assert Constant(r=8).counts(half) == (12, 6, 3, 2)
-    assert Constant(r=99).counts(setting(20, 3)) == (1, 1, 1)
+    assert counts_of(Constant(r=8), half) == (12, 6, 3, 2)
+    assert counts_of(Constant(r=99), setting(20, 3)) == (1, 1, 1)
 
 
 def test_counts_are_taken_as_they_are_or_scaled_to_another_resolution() -> None:
-    assert Counts(after=(196, 100, 49)).counts(setting(400, 3)) == (196, 100, 49)
+    assert counts_of(Counts(after=(196, 100, 49)), setting(400, 3)) == (196, 100, 49)
     scaled = Counts(after=(196, 98, 49, 1), of=196)
-    assert scaled.counts(setting(196, 4)) == (196, 98, 49, 1)
-    assert scaled.counts(setting(784, 4)) == (784, 392, 196, 4)
-    assert scaled.counts(setting(49, 4)) == (49, 24, 12, 1)
+    assert counts_of(scaled, setting(196, 4)) == (196, 98, 49, 1)
+    assert counts_of(scaled, setting(784, 4)) == (784, 392, 196, 4)
+    assert counts_of(scaled, setting(49, 4)) == (49, 24, 12, 1)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("align", [4, 8, 16])
 @given(rate=st.floats(0.05, 1))
 def test_aligned_counts_are_multiples_with_the_prefix(align: int, prefix: int, rate: float) -> None:
-    plain = KeepRate(keep_rate=rate).counts(setting(prefix=prefix))
-    counts = KeepRate(keep_rate=rate).counts(setting(prefix=prefix, align=align))
+    plain = counts_of(KeepRate(keep_rate=rate), setting(prefix=prefix))
+    counts = counts_of(KeepRate(keep_rate=rate), setting(prefix=prefix, align=align))
     for count, wanted in zip(counts, plain, strict=True):
         assert count == 196 or (count + prefix) % align == 0
         assert abs(count - wanted) <= align / 2 or count == align - prefix
@@ -116,34 +124,50 @@ def test_aligned_counts_are_multiples_with_the_prefix(align: int, prefix: int, r
 @given(macs=st.floats(0.35, 1))
 def test_a_budget_is_kept_and_used_up_to_one_step(shape: Any, align: int, macs: float) -> None:
     where = setting(align=align)
-    found = Macs(macs=macs, shape=shape).raw(where)
+    found = Macs(macs=macs, shape=shape).tokens(where)
     assert where.share(found) <= macs
     # Any gentler strength of the shape would break the budget.
     strengths = [i / 200 for i in range(201)]
-    gentler = [
-        share
-        for s in strengths
-        if (
-            share := where.share(schedules.aligned(shape.with_strength(s, where).raw(where), where))
-        )
-        <= macs
-    ]
-    assert where.share(found) >= max(gentler)
+    shares = [where.share(shape.with_strength(s, where).tokens(where)) for s in strengths]
+    assert where.share(found) >= max(share for share in shares if share <= macs)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.kind)
 def test_a_shape_goes_from_nothing_to_everything_and_never_back(shape: Any) -> None:
     where = setting()
-    shares = [where.share(shape.with_strength(i / 50, where).raw(where)) for i in range(51)]
+    shares = [where.share(shape.with_strength(i / 50, where).tokens(where)) for i in range(51)]
     assert shares[0] == 1
     assert shares == sorted(shares, reverse=True)
     assert shares[-1] < 0.4
 
 
+FEWER = tuple(range(193, 97, -3))
+
+
+@pytest.mark.parametrize(("span", "start"), [(0, 196), (8, 196), (12, 196), (15, 157), (99, 100)])
+def test_a_ramp_longer_than_the_network_begins_before_it(span: float, start: int) -> None:
+    where = replace(setting(), fewer=FEWER)
+    entering, *after = Ramp(span=span).tokens(where)
+    assert entering == start  # 196 x (0.02 + 0.98 x 12 / 15) = 157.6
+    assert after[0] == entering
+    assert Ramp(span=span).tokens(setting())[0] == 196  # a model that cannot read coarsely
+    assert after[1:] == list(Ramp(span=span).tokens(setting())[2:])
+
+
+@settings(max_examples=15)
+@given(macs=st.floats(0.2, 1))
+def test_a_budget_is_kept_and_used_when_tokens_leave_before_the_first_block(macs: float) -> None:
+    where = replace(setting(), fewer=FEWER)
+    tokens = Macs(macs=macs, shape=Ramp()).tokens(where)
+    assert where.share(tokens) <= macs
+    shares = [where.share(Ramp(span=i / 8).tokens(where)) for i in range(800)]
+    assert where.share(tokens) >= max(share for share in shares if share <= macs)
+
+
 @pytest.mark.parametrize("schedule", [Counts(after=(9, 9)), Macs(macs=0.5, shape=KeepRate())])
 def test_a_fixed_schedule_is_no_shape(schedule: Schedule) -> None:
     with pytest.raises(ScheduleError, match=r"is fixed.*Give either macs or the schedule"):
-        Macs(macs=0.5, shape=schedule).counts(setting(depth=2))
+        counts_of(Macs(macs=0.5, shape=schedule), setting(depth=2))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +206,7 @@ def test_a_damaged_schedule_is_a_recipe_error(data: dict[str, Any], message: str
 
 def test_no_blocks_named_is_not_the_default_blocks() -> None:
     try:
-        counts = KeepRate(keep_rate=0.5, blocks=()).counts(setting())
+        counts = counts_of(KeepRate(keep_rate=0.5, blocks=()), setting())
     except ScheduleError:
         return  # refusing is as good as reducing nowhere
     assert counts == (196,) * 12
@@ -191,4 +215,4 @@ def test_no_blocks_named_is_not_the_default_blocks() -> None:
 def test_the_message_of_a_step_too_far_names_the_block_and_the_limit() -> None:
     half = replace(setting(20, 2), fewest=lambda tokens: tokens - tokens // 2)
     with pytest.raises(ScheduleError, match=r"Block 2 would go from 16 to 7.*at least 8"):
-        Counts(after=(16, 7)).counts(half)
+        counts_of(Counts(after=(16, 7)), half)

@@ -64,7 +64,7 @@ def _headline(result: dict[str, Any]) -> str:
     for row in rows:
         if row["name"].startswith("mergence") and row["name"].endswith("calibrated"):
             schedule = row["recipe"]["schedule"]
-            share = row["recipe"]["method"].get("coarse", 0.0)
+            share = row["recipe"]["method"].get("coarse") or 0.0
             points = len(set(schedule["after"]) - {tokens_left(share, schedule["of"])})
             lines.append(
                 f"| {row['macs_ratio']:.0%} | {row['top1']:.2f} | "

@@ -162,7 +162,7 @@ def _same_counts(name: str, recipe: mergence.Recipe) -> mergence.Recipe:
 
     Coarse patches are a part of the schedule here: they are the same for all.
     """
-    share, schedule = recipe.method.coarse, recipe.schedule.to_dict()
+    share, schedule = recipe.method.coarse or 0.0, recipe.schedule.to_dict()
     method = methods.build(name, {"coarse": share})
     left, counts = tokens_left(share, schedule["of"]), []
     for wanted in schedule["after"]:

@@ -28,7 +28,7 @@ from mergence.benchmark import bench
 from mergence.devices import emulated
 from mergence.models import load_model
 from mergence.recipe import make
-from mergence.schedule import ALIGN
+from mergence.setting import ALIGN
 
 BUDGETS = (0.67, 0.5)
 METHODS = ("mergence", "mstm", "tome", "evit")

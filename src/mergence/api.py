@@ -82,6 +82,7 @@ def apply(
         device=next(spec.blocks[0].parameters()).device.type,
         cost=spec.cost,
         patches=spec.patches,
+        coarse=spec.coarse and learned is None,
         learned=None if learned is None else learned.macs,
     )
     first = program.first_reduction()
@@ -190,7 +191,7 @@ def describe(model: nn.Module) -> Description:
         method=program.method,
         schedule=program.schedule,
         patches=program.patches,
-        start=program.start(program.patches),
+        start=program.tokens()[0],
         prefix=program.prefix,
         align=program.multiple,
         counts=program.counts(),

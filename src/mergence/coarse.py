@@ -31,6 +31,11 @@ def tokens_left(share: float, patches: int) -> int:
     return patches - regions_of(share, patches) * (SIDE**2 - 1)
 
 
+def share_of(tokens: int, patches: int) -> float:
+    """The share of an image that is coarse when so many tokens are left of so many patches."""
+    return (patches - tokens) / (SIDE**2 - 1) * SIDE**2 / patches
+
+
 def halved(image: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
     """An image at half its resolution.
 

@@ -82,14 +82,12 @@ class ReductionCost:
     """What a method costs at one reduction.
 
     Attributes:
-        start: Tokens that enter the first block, as a function of patches.
         needs: What the method reads: `importance` is one row of the attention map, `received` all
             of it.
         plan: Multiply-adds of the rule, as a function of tokens and slots.
         learned: Multiply-adds of the learned module as a function of tokens, or None.
     """
 
-    start: Callable[[int], int]
     needs: frozenset[str]
     plan: Callable[[int, int], int]
     learned: Callable[[int], int] | None = None
@@ -98,7 +96,7 @@ class ReductionCost:
 def count(
     model: ModelCost,
     patches: int,
-    counts: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
     reduction: ReductionCost | None = None,
 ) -> Macs:
     """Multiply-adds of one forward pass on one image.
@@ -106,17 +104,18 @@ def count(
     Args:
         model: The model.
         patches: Patches of the image.
-        counts: Patch tokens after each block; None is the dense model.
+        tokens: Patch tokens that enter the first block, and those left after each; None is the
+            dense model.
         reduction: What each reduction costs; None counts the model alone.
     """
     attention = mlp = importance = planning = merging = learned = 0
     stem = patches * model.stem
-    start = before = patches if reduction is None else reduction.start(patches)
+    tokens = (patches,) * (len(model.blocks) + 1) if tokens is None else tokens
+    start = before = tokens[0]
     if start < patches:  # every region is read at half the resolution, and then some are chosen
         stem += patches // SIDE**2 * model.stem
         merging = patches * model.dim
-    for index, block in enumerate(model.blocks):
-        after = before if counts is None else counts[index]
+    for block, after in zip(model.blocks, tokens[1:], strict=True):
         n = before + model.prefix
         attention += n * block.attention + 2 * n * n * block.width
         mlp += (after + model.prefix) * block.mlp

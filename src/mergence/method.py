@@ -46,7 +46,8 @@ class Method(ABC):
             1 or True as in the paper, 0 or False for none; strong reductions gain from less than 1.
         coarse: Share of the image in which, before the first block, four patches each are read as
             one at half the resolution; see `mergence.coarse`. Below half of the MACs this is the
-            gentlest part of a reduction. Not all families can do it.
+            gentlest part of a reduction. Not all families can do it. None leaves it to the
+            schedule: a `Ramp` that begins before the first block reads coarsely where it can.
     """
 
     name: ClassVar[str]
@@ -63,13 +64,14 @@ class Method(ABC):
     """Values of options that calibration tries beside those given."""
 
     size_attention: float = 1.0
-    coarse: float = 0.0
+    coarse: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.size_attention, bool):
             object.__setattr__(self, "size_attention", float(self.size_attention))
         check_range(self, "size_attention", 0, 2)
-        check_range(self, "coarse", 0, 1)
+        if self.coarse is not None:
+            check_range(self, "coarse", 0, 1)
 
     @abstractmethod
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:

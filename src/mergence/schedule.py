@@ -9,45 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from mergence.errors import RecipeError, ScheduleError
-
-ALIGN: Mapping[str, int] = {"cuda": 8}
-"""Multiples that token counts, prefix included, best keep to, by type of device; elsewhere 1.
-
-On CUDA attention with a mask, which size attention needs, takes up to 1.7 times as long at other
-counts. On a CPU counts next to each other differ by little more than their MACs (see
-docs/benchmarking.md)."""
-
-
-def _any_fewer(tokens: int) -> int:
-    return 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What a schedule is resolved for.
-
-    Attributes:
-        tokens: Patch tokens that enter the first block.
-        patches: Patches of the image. More than `tokens` where some are read coarsely.
-        depth: Number of blocks.
-        prefix: Prefix tokens; they are never reduced and count only for `align`.
-        align: Token counts, prefix included, are rounded to multiples of this. 1 rounds nothing.
-        fewest: The smallest count that the method can reach from a given count in one step.
-        share: MACs of a list of counts as a share of the dense model's.
-    """
-
-    tokens: int
-    patches: int
-    depth: int
-    share: Callable[[tuple[int, ...]], float]
-    prefix: int = 0
-    align: int = 1
-    fewest: Callable[[int], int] = _any_fewer
+from mergence.setting import ALIGN, Setting, aligned, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +27,18 @@ class Schedule(ABC):
     def raw(self, setting: Setting) -> tuple[int, ...]:
         """The counts as the schedule wants them, before alignment and checks."""
 
-    def counts(self, setting: Setting) -> tuple[int, ...]:
-        """Patch tokens left after each block.
+    def start(self, setting: Setting) -> int:
+        """How many patch tokens the schedule wants to enter the first block."""
+        return setting.tokens
+
+    def tokens(self, setting: Setting) -> tuple[int, ...]:
+        """Patch tokens that enter the first block, and those left after each.
 
         Raises:
             ScheduleError: The schedule cannot be carried out.
         """
-        return check(aligned(self.raw(setting), setting), setting)
+        setting = dataclasses.replace(setting, tokens=self.start(setting), fewer=())
+        return setting.tokens, *check(aligned(self.raw(setting), setting), setting)
 
     def align_on(self, device: str) -> int:
         """The multiple that counts keep to on a type of device where nobody asks for another.
@@ -182,11 +154,13 @@ class Ramp(Schedule):
     """Let the tokens fall linearly towards the end of the network, in a few steps.
 
     Searched per-block counts look like this (docs/methods/mergence.md): nothing leaves early, and
-    then about the same number per block. A smaller budget starts the ramp earlier.
+    then about the same number per block. A smaller budget starts the ramp earlier, and the smallest
+    before the first block: what has to be gone there is read as coarse patches (docs/coarse.md)
+    where the model can do that, and leaves at the first step where it cannot.
 
     Attributes:
         span: The length of the ramp in blocks, counted from the end of the network. It may be
-            longer than the network; the ramp then starts below the full number of tokens.
+            longer than the network.
         end: The share of the tokens that the ramp arrives at.
         every: Blocks between two steps. None means a sixth of the depth, two blocks of 12. Each
             step costs time, so few are better. The last block never reduces.
@@ -209,16 +183,23 @@ class Ramp(Schedule):
                 "least 0, an end above 0 and at most 1, and every as 1 or more blocks."
             )
 
+    def start(self, setting: Setting) -> int:
+        wanted = self._height(setting.depth, setting)
+        return min((setting.tokens, *setting.fewer), key=lambda tokens: abs(tokens - wanted))
+
     def raw(self, setting: Setting) -> tuple[int, ...]:
         every = self.every or max(round(setting.depth / 6), 1)
         left, counts = setting.tokens, []
-        for block in range(1, setting.depth + 1):
-            to_go = setting.depth - block
-            if block % every == 0 and 0 < to_go < self.span:
-                share = self.end + (1 - self.end) * to_go / self.span
-                left = max(round(setting.tokens * share), 1)
+        for block in range(1, setting.depth):
+            if block % every == 0:
+                left = min(left, max(round(self._height(setting.depth - block, setting)), 1))
             counts.append(left)
-        return tuple(counts)
+        return *counts, left
+
+    def _height(self, to_go: int, setting: Setting) -> float:
+        """The tokens that the ramp is at, so many blocks from the end."""
+        share = min(to_go / self.span, 1.0) if self.span else 1.0
+        return setting.patches * (self.end + (1 - self.end) * share)
 
     def with_strength(self, strength: float, setting: Setting) -> Self:
         return dataclasses.replace(self, span=setting.depth * strength / max(1 - strength, 1e-9))
@@ -288,76 +269,34 @@ class Macs(Schedule):
     def align_on(self, device: str) -> int:
         return ALIGN.get(device, 1)
 
-    def raw(self, setting: Setting) -> tuple[int, ...]:
-        def at(strength: float) -> tuple[int, ...]:
-            raw = self.shape.with_strength(strength, setting).raw(setting)
-            return aligned(raw, setting)
+    def start(self, setting: Setting) -> int:
+        return self._fitted(setting).start(setting)
 
-        if setting.share(at(1.0)) > self.macs:
+    def raw(self, setting: Setting) -> tuple[int, ...]:
+        return self._fitted(setting).raw(setting)
+
+    def _fitted(self, setting: Setting) -> Schedule:
+        def share(strength: float) -> float:
+            shape = self.shape.with_strength(strength, setting)
+            entered = dataclasses.replace(setting, tokens=shape.start(setting))
+            return setting.share((entered.tokens, *aligned(shape.raw(entered), entered)))
+
+        if share(1.0) > self.macs:
             raise ScheduleError(
                 f"macs={self.macs} is out of reach: the schedule '{self.shape.kind}' needs at "
-                f"least {setting.share(at(1.0)):.2f} of the dense MACs on this model. Ask for "
-                "more, or give a schedule that starts earlier."
+                f"least {share(1.0):.2f} of the dense MACs on this model. Ask for more, or give a "
+                "schedule that starts earlier."
             )
-        if setting.share(at(0.0)) <= self.macs:
-            return at(0.0)
+        if share(0.0) <= self.macs:
+            return self.shape.with_strength(0.0, setting)
         gentle, strong = 0.0, 1.0
         for _ in range(40):
             middle = (gentle + strong) / 2
-            if setting.share(at(middle)) > self.macs:
+            if share(middle) > self.macs:
                 gentle = middle
             else:
                 strong = middle
-        return at(strong)
-
-
-def aligned(counts: tuple[int, ...], setting: Setting) -> tuple[int, ...]:
-    """Round counts, prefix included, to multiples of `setting.align`; unreduced counts stay."""
-    if setting.align <= 1:
-        return counts
-
-    def nearest(count: int, before: int) -> int:
-        multiple = max(round((count + setting.prefix) / setting.align), 1) * setting.align
-        fewest = min(setting.fewest(before), before)
-        while multiple - setting.prefix < fewest:
-            multiple += setting.align
-        return min(multiple - setting.prefix, before)
-
-    before, result = setting.tokens, []
-    for count in counts:
-        if 0 < count < setting.tokens:
-            before = nearest(count, before)
-            count = before
-        result.append(count)
-    return tuple(result)
-
-
-def check(counts: tuple[int, ...], setting: Setting) -> tuple[int, ...]:
-    """Return the counts if a model and a method can follow them.
-
-    Raises:
-        ScheduleError: They cannot; the message names the block.
-    """
-    before = setting.tokens
-    for block, after in enumerate(counts, start=1):
-        if after < 1:
-            raise ScheduleError(
-                f"After block {block} the schedule keeps {after} of {before} patch tokens. "
-                "At least one must stay; reduce less."
-            )
-        if after > before:
-            raise ScheduleError(
-                f"After block {block} the schedule wants {after} patch tokens, but only {before} "
-                "are left there. Counts can only fall from block to block."
-            )
-        if after < before and after < setting.fewest(before):
-            raise ScheduleError(
-                f"Block {block} would go from {before} to {after} patch tokens, and the method can "
-                f"reach at least {setting.fewest(before)} in one step. Spread the reduction over "
-                "more blocks or choose another method."
-            )
-        before = after
-    return counts
+        return self.shape.with_strength(strong, setting)
 
 
 def _check_blocks(blocks: tuple[int, ...], depth: int) -> None:

@@ -14,7 +14,8 @@ from mergence.importance import attention_from, attention_received
 from mergence.macs import Macs, ModelCost, ReductionCost, count
 from mergence.method import Method
 from mergence.plan import MergePlan, TokenView, most_important
-from mergence.schedule import Schedule, Setting
+from mergence.schedule import Schedule
+from mergence.setting import Setting
 from mergence.state import Carry, Run, attach, attached
 
 
@@ -29,6 +30,7 @@ class Program:
         device: Type of the device that the model was on when the method was applied.
         cost: What the model's MACs depend on.
         patches: Patches at the model's own input size.
+        coarse: Whether the schedule may read some of them coarsely where the method leaves it open.
         learned: MACs of the method's learned module as a function of tokens, or None.
         run: The state of the forward that is under way.
     """
@@ -39,9 +41,10 @@ class Program:
     device: str
     cost: ModelCost
     patches: int
+    coarse: bool = False
     learned: Callable[[int], int] | None = None
     run: Run = field(default_factory=Run)
-    _counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    _tokens: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -58,36 +61,47 @@ class Program:
         """The multiple that token counts are rounded to."""
         return self.align or self.schedule.align_on(self.device)
 
-    def start(self, patches: int) -> int:
-        """Patch tokens that enter the first block."""
-        return coarse.tokens_left(self.method.coarse, patches)
+    def tokens(self, patches: int | None = None) -> tuple[int, ...]:
+        """Patch tokens that enter the first block and those left after each.
 
-    def counts(self, patches: int | None = None) -> tuple[int, ...]:
-        """Patch tokens after each block, for an image of so many patches.
+        Args:
+            patches: Patches of the image; None is the model's own input size.
 
         Raises:
             ScheduleError: The schedule cannot be carried out at this number of patches.
         """
         patches = self.patches if patches is None else patches
-        if patches not in self._counts:
-            counts = self.schedule.counts(self.setting(patches))
+        if patches not in self._tokens:
+            tokens = self.schedule.tokens(self.setting(patches))
             if patches != self.patches:
-                self._check_learned(patches, counts)
-            self._counts[patches] = counts
-        return self._counts[patches]
+                self._check_learned(patches, tokens)
+            self._tokens[patches] = tokens
+        return self._tokens[patches]
+
+    def counts(self, patches: int | None = None) -> tuple[int, ...]:
+        """Patch tokens after each block; see `tokens`."""
+        return self.tokens(patches)[1:]
 
     def setting(self, patches: int) -> Setting:
         """What schedules are resolved for, for images of so many patches."""
         dense = self.macs(patches, dense=True).total
+        share = self.method.coarse
         return Setting(
-            tokens=self.start(patches),
+            tokens=coarse.tokens_left(share or 0.0, patches),
             patches=patches,
+            fewer=self._fewer(patches) if self.coarse and share is None else (),
             depth=self.depth,
             prefix=self.prefix,
             align=self.multiple,
             fewest=self.method.fewest_slots,
-            share=lambda counts: self._macs_at(patches, counts).total / dense,
+            share=lambda tokens: self._macs_at(patches, tokens).total / dense,
         )
+
+    def _fewer(self, patches: int) -> tuple[int, ...]:
+        """With how many tokens the first block can start when up to half of an image is coarse."""
+        tokens = coarse.tokens_left(0.5, patches)
+        starts = range(patches - (coarse.SIDE**2 - 1), tokens - 1, 1 - coarse.SIDE**2)
+        return tuple(n for n in starts if (n + self.prefix) % self.multiple == 0)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -101,19 +115,19 @@ class Program:
         def plan(tokens: int, slots: int) -> int:
             return self.method.plan_macs(tokens, slots, self.cost.dim, self.cost.head_dim)
 
-        return ReductionCost(self.start, self.needs, plan, self.learned)
+        return ReductionCost(self.needs, plan, self.learned)
 
     def macs(self, patches: int | None = None, *, dense: bool = False) -> Macs:
         """MACs of one image, of the reduced or of the dense model."""
         patches = self.patches if patches is None else patches
-        return count(self.cost, patches) if dense else self._macs_at(patches, self.counts(patches))
+        return count(self.cost, patches) if dense else self._macs_at(patches, self.tokens(patches))
 
-    def _macs_at(self, patches: int, counts: tuple[int, ...]) -> Macs:
-        return count(self.cost, patches, counts, self.reduction)
+    def _macs_at(self, patches: int, tokens: tuple[int, ...]) -> Macs:
+        return count(self.cost, patches, tokens, self.reduction)
 
-    def _check_learned(self, patches: int, counts: tuple[int, ...]) -> None:
+    def _check_learned(self, patches: int, tokens: tuple[int, ...]) -> None:
         """A learned module sits in one block and must meet the first reduction there."""
-        first, home = _first_reduction(self.start(patches), counts), self.first_reduction()
+        first, home = _first_reduction(tokens), self.first_reduction()
         if self.learned is not None and first is not None and first != home:
             raise ScheduleError(
                 f"For images of {patches} patches the first reduction is in block {first + 1}, and "
@@ -123,11 +137,7 @@ class Program:
 
     def first_reduction(self) -> int | None:
         """Index of the first block that reduces at the model's own input size, or None."""
-        return _first_reduction(self.start(self.patches), self.counts())
-
-    def entering(self, block: int, patches: int) -> int:
-        """Patch tokens that enter a block, counted from 0."""
-        return self.counts(patches)[block - 1] if block else self.start(patches)
+        return _first_reduction(self.tokens())
 
     def merged(
         self, x: Tensor, size: Tensor, carry: Carry, plan: MergePlan
@@ -169,15 +179,18 @@ class Program:
         Raises:
             ScheduleError: The image has fewer regions of four patches than are to be coarse.
         """
-        run, regions = self.run, coarse.regions_of(self.method.coarse, fine.shape[1])
-        if run.disabled or not regions or run.grid is None or run.image is None:
+        run, patches = self.run, fine.shape[1]
+        if run.disabled or run.grid is None or run.image is None:
+            return x
+        regions = (patches - self.tokens(patches)[0]) // (coarse.SIDE**2 - 1)
+        if not regions:
             return x
         there = run.grid[0] // coarse.SIDE, run.grid[1] // coarse.SIDE
         if regions > there[0] * there[1]:
             raise ScheduleError(
-                f"coarse={self.method.coarse} asks for {regions} of the regions of 2 x 2 patches, "
-                f"and {run.grid[0]} x {run.grid[1]} patches hold {there[0] * there[1]}. Ask for "
-                "less."
+                f"{regions} regions of 2 x 2 patches are to be read coarsely, and {run.grid[0]} x "
+                f"{run.grid[1]} patches hold {there[0] * there[1]}. Give a smaller share, or 0, as "
+                "coarse."
             )
         half = embed(coarse.halved(run.image, run.grid, patch))
         half = coarse.spread(half.reshape(half.shape[0], *there, half.shape[2]), run.grid)
@@ -187,14 +200,14 @@ class Program:
             change = torch.where(chosen.unsqueeze(2), half - fine, 0)
             x = torch.cat((x[:, : self.prefix], x[:, self.prefix :] + change), dim=1)
             size = torch.ones(fine.shape[:2], device=x.device)
-            x, run.carry = self.merged(x, size, Carry(fine.shape[1], run.grid), plan)
+            x, run.carry = self.merged(x, size, Carry(patches, run.grid), plan)
         if run.observer is not None:
             run.observer.reduced(0, run.carry, plan, loss)
         return x
 
 
-def _first_reduction(start: int, counts: tuple[int, ...]) -> int | None:
-    return next((i for i, n in enumerate(counts) if n < start), None)
+def _first_reduction(tokens: tuple[int, ...]) -> int | None:
+    return next((i for i, n in enumerate(tokens[1:]) if n < tokens[0]), None)
 
 
 def program_of(model: nn.Module) -> Program:
@@ -234,7 +247,7 @@ class BlockStep:
         known = run.known() if run.active else attached(x)
         if known is None:
             program = self.program
-            if program.entering(self.index, program.patches) < program.patches:
+            if program.tokens()[self.index] < program.patches:
                 raise ReducedOutputError(
                     f"Block {self.index + 1} of a reduced model was called by itself, and the "
                     "sizes of its tokens are not known. Call the model's forward or "
@@ -248,8 +261,8 @@ class BlockStep:
 
     def slots(self, carry: Carry) -> int | None:
         """How many patch tokens the block leaves, or None where it removes none."""
-        after = self.program.counts(carry.patches)[self.index]
-        return after if after < self.program.entering(self.index, carry.patches) else None
+        before, after = self.program.tokens(carry.patches)[self.index :][:2]
+        return after if after < before else None
 
     def leave(self, x: Tensor, carry: Carry) -> None:
         """Hand the books to the next block."""

@@ -85,15 +85,15 @@ def test_an_option_is_followed_as_long_as_it_helps_and_other_counts_meet_the_bud
 
     seen: list[tuple[float, float, tuple[int, ...]]] = []
     table = torch.linspace(1, 0, PATCHES + 1, dtype=torch.float64).expand(6, -1)
-    start = best_counts(table, prices(Mergence()), 0.5, 2)
-    best = Best(Valley(), prices, kl_divergence, 6, Mergence(), start)  # type: ignore[arg-type]
+    start = best_counts(table, prices(Mergence(coarse=0.0)), 0.5, 2)
+    best = Best(Valley(), prices, kl_divergence, 6, Mergence(coarse=0.0), start)  # type: ignore[arg-type]
     best.improve(table, 0.5, 2, 99, {"coarse": (0.1, 0.25, 0.4, 0.6), "size_attention": (0.7, 1)})
     assert [c for c, _, _ in seen[:4]] == [0, 0.1, 0.25, 0.4]  # and not 0.6
     assert (best.method.coarse, best.method.size_attention) == (0.25, 0.7)
     for coarse, _, counts in seen:
-        setting = prices(Mergence(coarse=coarse)).setting
-        assert 0.45 < setting.share(counts) <= 0.5
-        assert max(counts) <= setting.tokens
+        price = prices(Mergence(coarse=coarse))
+        assert 0.45 < price.share(counts) <= 0.5
+        assert max(counts) <= price.setting.tokens
     assert prices(Mergence(coarse=0.25)).setting.tokens == PATCHES - 3 * 2
 
 

@@ -13,13 +13,13 @@ from mergence.calibration.search import Prices, _at_rate, best_counts, neighbour
 from mergence.calibration.sensitivity import Curves
 from mergence.errors import ScheduleError
 from mergence.macs import BlockCost, ModelCost, ReductionCost, count
-from mergence.schedule import Setting
+from mergence.setting import Setting
 
 
 def prices(depth: int, tokens: int, *, align: int = 1, half: bool = False) -> Prices:
     block = BlockCost(attention=400, mlp=800, width=10)
     model = ModelCost((block,) * depth, prefix=1, dim=10, head_dim=5, stem=30, head=50)
-    reduction = ReductionCost(lambda n: n, frozenset({"importance"}), lambda n, s: n * n)
+    reduction = ReductionCost(frozenset({"importance"}), lambda n, s: n * n)
     dense = count(model, tokens).total
     setting = Setting(
         tokens=tokens,

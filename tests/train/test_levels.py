@@ -114,7 +114,7 @@ def test_coarse_patches_come_with_strength(model: nn.Module) -> None:
     patches, starts = 36, []
     for strength in (0.0, 0.2, 0.5, 0.8, 1.0):
         program = reducer.select(Choice("a", strength))
-        starts.append(program.start(patches))
+        starts.append(program.tokens(patches)[0])
         assert max(program.counts()) <= starts[-1]
         model(torch.zeros(1, 3, 96, 96))
     assert starts[0] == patches

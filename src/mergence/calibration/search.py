@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mergence.errors import ScheduleError
 from mergence.macs import BlockCost, ModelCost, ReductionCost, count
-from mergence.schedule import Setting, aligned
+from mergence.setting import Setting, aligned
 
 _LEVELS = 100
 """How many token counts the dynamic program tells apart."""
@@ -39,7 +39,7 @@ class Prices:
 
     def share(self, counts: Sequence[int]) -> float:
         """MACs of a schedule as a share of the dense model's."""
-        return self.setting.share(tuple(counts))
+        return self.setting.share((self.setting.tokens, *counts))
 
     @cached_property
     def levels(self) -> list[int]:
@@ -55,7 +55,6 @@ class Prices:
     def steps(self) -> list[Tensor]:
         """For each block, the price of going from one level (row) to another (column)."""
         dense = count(self.model, self.setting.patches).total
-        from_here = replace(self.reduction, start=lambda tokens: tokens)
         tables: dict[BlockCost, Tensor] = {}
         for block in self.model.blocks:
             if block in tables:
@@ -64,7 +63,7 @@ class Prices:
             tables[block] = torch.tensor(
                 [
                     [
-                        count(alone, before, (after,), from_here).total / dense
+                        count(alone, before, (before, after), self.reduction).total / dense
                         if after == before or self.setting.fewest(before) <= after < before
                         else float("inf")
                         for after in self.levels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -18,6 +19,7 @@ from mergence.calibration.probe import Probe
 from mergence.calibration.refining import Best
 from mergence.calibration.search import Prices, best_counts, check_budget
 from mergence.calibration.sensitivity import measure
+from mergence.coarse import share_of
 from mergence.data import Batch, Skipped
 from mergence.devices import warn_of_slow_type
 from mergence.distances import (
@@ -29,7 +31,8 @@ from mergence.distances import (
 from mergence.errors import DataError, OptionError, ScheduleError
 from mergence.method import Method, build
 from mergence.recipe import Recipe
-from mergence.schedule import ALIGN, Counts, KeepRate, Macs
+from mergence.schedule import Counts, KeepRate, Macs
+from mergence.setting import ALIGN
 from mergence.step import program_of
 
 OBJECTIVES: dict[Objective, tuple[Distance, Distance]] = {
@@ -94,6 +97,8 @@ def calibrate(
         MergenceError: The model or the method does not fit.
     """
     method = build(method, {}) if isinstance(method, str) else method
+    if method.coarse is None:
+        method = dataclasses.replace(method, coarse=0.0)  # recipes with counts say everything
     _check(method, budgets, latency, points, images, trials)
     warn_of_slow_type(torch.device(device), dtype)
     model = model.to(device=device, dtype=dtype).eval()
@@ -151,7 +156,7 @@ def calibrate(
             found.append(
                 Found(
                     budget=budget,
-                    macs_ratio=final.setting.share(best.counts),
+                    macs_ratio=final.share(best.counts),
                     recipe=_recipe(best.method, best.counts, final, {"calibration": notes}),
                     distance=calibrated,
                     uncalibrated=uncalibrated,
@@ -205,15 +210,16 @@ def _compared(
 ) -> tuple[float, float | None]:
     """Distance on all images of the best and of the method's own schedule; keeps the better one."""
     probe, method = best.probe, best.method
-    setting = best.prices(method).setting
+    setting = best.prices(dataclasses.replace(method, coarse=None)).setting
     calibrated = probe.mean(distance, method, best.counts)
     try:
-        own = Macs(macs=budget, shape=method.shape).counts(setting)
+        start, *own = Macs(macs=budget, shape=method.shape).tokens(setting)
     except ScheduleError:
         return calibrated, None
+    method = dataclasses.replace(method, coarse=share_of(start, setting.patches))
     uncalibrated = probe.mean(distance, method, own)
-    if uncalibrated < calibrated and len({setting.tokens, *own}) - 1 <= points:
-        best.counts, calibrated = own, uncalibrated
+    if uncalibrated < calibrated and len({start, *own}) - 1 <= points:
+        best.method, best.counts, calibrated = method, tuple(own), uncalibrated
     return calibrated, uncalibrated
 
 

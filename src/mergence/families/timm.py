@@ -108,7 +108,7 @@ class ReducedTrunk:
         rows, columns = map(int, embed.dynamic_feat_size(image.shape[-2:]))
         program: Program = self._mergence
         if not program.run.disabled:
-            program.counts(rows * columns)  # refuses a size at which it cannot be followed
+            program.tokens(rows * columns)  # refuses a size at which it cannot be followed
         return program.run.forward((rows, columns), image)
 
     def forward(self: Any, x: Tensor, *masks: Any, **options: Any) -> Tensor:

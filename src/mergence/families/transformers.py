@@ -54,7 +54,7 @@ class ReducedTower:
                 "mergence.trace(model, images), or use mergence.disabled(model)."
             )
         rows, columns = _grid(self.config, image.shape)
-        program.counts(rows * columns)  # refuses a size at which the schedule cannot be followed
+        program.tokens(rows * columns)  # refuses a size at which the schedule cannot be followed
         with run.forward((rows, columns)):
             outputs = dense.forward(*inputs, **options)
             known = run.known()

@@ -13,7 +13,7 @@ from torch import nn
 
 from mergence import surgery
 from mergence.api import apply
-from mergence.coarse import tokens_left
+from mergence.coarse import share_of, tokens_left
 from mergence.errors import OptionError, ScheduleError, UnsupportedModelError
 from mergence.recipe import Recipe
 from mergence.schedule import Counts, Schedule
@@ -159,7 +159,7 @@ class Reducer:
         if choice.strength == 1:
             return full
         # Rounded up: whatever the strength, the first block that reduces stays the same one.
-        coarse = choice.strength * full.method.coarse
+        coarse = choice.strength * share_of(full.tokens()[0], full.patches)
         method = dataclasses.replace(full.method, coarse=coarse)
         start = tokens_left(coarse, full.patches)
         counts = tuple(
@@ -174,7 +174,7 @@ class Reducer:
 
     def _program(self, recipe: Recipe, schedule: Schedule) -> Program:
         return dataclasses.replace(
-            self._base, method=recipe.method, schedule=schedule, align=recipe.align, _counts={}
+            self._base, method=recipe.method, schedule=schedule, align=recipe.align, _tokens={}
         )
 
 
