@@ -36,13 +36,11 @@ def halved(image: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tens
 
     Args:
         image: `[B, C, H, W]`.
-        grid: Patch rows and columns; where their number is odd, the last one is left out.
+        grid: Patch rows and columns; where their number is odd, the last one is left out, as are
+            pixels outside of the patches.
         patch: Height and width of a patch in pixels.
     """
     height, width = (n // SIDE * SIDE * p for n, p in zip(grid, patch, strict=True))
-    # Zeros where the library pads the image to whole patches.
-    missing = max(width - image.shape[3], 0), max(height - image.shape[2], 0)
-    image = F.pad(image, (0, missing[0], 0, missing[1]))
     return F.avg_pool2d(image[:, :, :height, :width], SIDE)
 
 
