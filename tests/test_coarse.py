@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ from torch.nn import functional as F
 
 import mergence
 from mergence import coarse, family
-from mergence.errors import OptionError, ScheduleError
+from mergence.errors import OptionError, ReducedOutputError, ScheduleError
 from mergence.ops import merge
 from mergence.outputs import answer
 from mergence.plan import MergePlan
 
-KINDS = sorted(family.registry()["timm"].tiny())
 COUNTS = [20, 20, 15, 15, 8, 8]
 OPTIONS: dict[str, Any] = {"schedule": COUNTS, "coarse": 0.5}
 """36 patches: four regions of nine are coarse, so that 24 tokens enter."""
@@ -83,62 +83,90 @@ def test_flat_regions_count_as_the_least_and_the_border_goes_first() -> None:
     assert plan.slots == 24
 
 
-def test_an_image_at_half_its_resolution_leaves_odd_rows_out_and_fills_what_is_missing() -> None:
+def test_an_image_at_half_its_resolution_leaves_odd_rows_out() -> None:
     image = torch.randn(1, 3, 24, 40)
     half = coarse.halved(image, (3, 5), (8, 8))
     assert torch.equal(half, F.avg_pool2d(image[:, :, :16, :32], 2))
-    padded = coarse.halved(image[:, :, :, :30], (3, 4), (8, 8))  # 4 columns are 32 pixels
-    assert torch.equal(padded, F.avg_pool2d(F.pad(image[:, :, :16, :30], (0, 2)), 2))
+    half = coarse.halved(image[:, :, :, :30], (3, 3), (8, 8))  # six pixels are in no patch
+    assert torch.equal(half, F.avg_pool2d(image[:, :, :16, :16], 2))
+
+
+# Of one kind of each sort of tower: where its patch embedding, the positions of its patches and the
+# norm before its first block are.
+PARTS: dict[str, tuple[str, Callable[[Any], Tensor], str | None]] = {
+    "timm-vit": ("patch_embed.proj", lambda m: m.pos_embed[0, 1:], None),
+    "timm-clip": ("patch_embed.proj", lambda m: m.pos_embed[0, 1:], "norm_pre"),
+    "torchvision-vit": ("conv_proj", lambda m: m.encoder.pos_embedding[0, 1:], None),
+    "open_clip-tower": ("conv1", lambda m: m.positional_embedding[1:], "ln_pre"),
+    "transformers-vit": (
+        "vit.embeddings.patch_embeddings.projection",
+        lambda m: m.vit.embeddings.position_embeddings[0, 1:],
+        None,
+    ),
+    "transformers-deit": (
+        "deit.embeddings.patch_embeddings.projection",
+        lambda m: m.deit.embeddings.position_embeddings[0, 2:],
+        None,
+    ),
+    "transformers-dinov2_reg": (
+        "dinov2_with_registers.embeddings.patch_embeddings.projection",
+        lambda m: m.dinov2_with_registers.embeddings.position_embeddings[0, 1:],
+        None,
+    ),
+    "transformers-clip": (
+        "vision_model.embeddings.patch_embedding",
+        lambda m: m.vision_model.embeddings.position_embedding.weight[1:],
+        "vision_model.pre_layrnorm",
+    ),
+    "transformers-siglip": (
+        "embeddings.patch_embedding",
+        lambda m: m.embeddings.position_embedding.weight,
+        None,
+    ),
+}
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", PARTS)
 def test_a_coarse_token_is_the_region_at_half_resolution_at_its_mean_place(
-    vit: Any, image: Tensor
+    kind: str, fresh: Any, image: Tensor
 ) -> None:
-    first: list[Tensor] = []
-    handle = vit.blocks[0].register_forward_pre_hook(lambda _, given: first.append(given[0]))
-    vit(image)
-    mergence.apply(vit, schedule=[24] * 6, coarse=4 / 9)
-    trace = mergence.trace(vit, image)
+    model, (stem, positions, norm) = fresh(kind), PARTS[kind]
+    spec, first = family.find(model).inspect(model), []
+    handle = spec.blocks[0].register_forward_pre_hook(lambda _, given: first.append(given[0]))
+    model(image)
+    embed, place = model.get_submodule(stem), positions(model)
+    fine = embed(image).flatten(2).transpose(1, 2)
+    half = embed(F.avg_pool2d(image, 2)).permute(0, 2, 3, 1)
+    mergence.apply(model, schedule=[24] * 6, coarse=4 / 9)
+    trace = mergence.trace(model, image)
     handle.remove()
     whole, tokens = first
-    position = whole[:, 1:] - vit.patch_embed.proj(image).flatten(2).transpose(1, 2)
-    half = vit.patch_embed.proj(F.avg_pool2d(image, 2)).flatten(2).transpose(1, 2)
+    prefix = spec.cost.prefix
+    assert tokens.shape == (3, prefix + 24, 48)
+    assert torch.equal(tokens[:, :prefix], whole[:, :prefix])
     (point,) = trace.points
     assert point.block == 0
-    assert tokens.shape[1] == 1 + 24
-    assert torch.equal(tokens[:, 0], whole[:, 0])
     for index in range(len(image)):
-        for slot in range(24):
-            members = (point.source[index] == slot).nonzero().flatten()
-            expected = whole[index, 1 + members[0]]
-            if len(members) > 1:
-                assert len(members) == 4
-                row, column = divmod(int(members[0]), 6)
-                region = row // 2 * 3 + column // 2
-                expected = half[index, region] + position[index, members].mean(dim=0)
-            torch.testing.assert_close(tokens[index, 1 + slot], expected, atol=1e-5, rtol=1e-5)
-            assert point.size[index, slot] == len(members)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_model_reads_coarsely(kind: str, fresh: Any, image: Tensor) -> None:
-    model = fresh(f"timm-{kind}")
-    dense = answer(model(image))
-    mergence.apply(model, **OPTIONS)
-    assert mergence.describe(model).start == 24
-    reduced = answer(model(image))
-    assert reduced.shape == dense.shape
-    assert reduced.isfinite().all()
-    assert not torch.equal(reduced, dense)
-    torch.testing.assert_close(answer(model(image[1:2])), reduced[1:2], atol=1e-5, rtol=1e-4)
-    maps = model.forward_intermediates(image, indices=1, intermediates_only=True)
-    assert maps[0].shape[2:] == (6, 6)
-    assert mergence.restore(model.forward_features(image)).shape[1] == model.num_prefix_tokens + 36
-    with mergence.disabled(model):
-        assert torch.equal(answer(model(image)), dense)
-    assert torch.equal(answer(mergence.remove(model)(image)), dense)
+        firsts = chosen_by_loop(fine[index], coarse.spread(half, (6, 6))[index], (6, 6), 4)
+        expected, source, inside = [], [0] * 36, set()
+        for patch in range(36):
+            row, column = divmod(patch, 6)
+            if patch in firsts:
+                four = [patch, patch + 1, patch + 6, patch + 7]
+                expected.append(half[index, row // 2, column // 2] + place[four].mean(dim=0))
+                inside.update(four)
+                for other in four:
+                    source[other] = len(expected) - 1
+            elif patch not in inside:
+                expected.append(fine[index, patch] + place[patch])
+                source[patch] = len(expected) - 1
+        entered = torch.stack(expected)
+        if norm is not None:
+            entered = model.get_submodule(norm)(entered)
+        torch.testing.assert_close(tokens[index, prefix:], entered, atol=1e-5, rtol=1e-5)
+        assert point.source[index].tolist() == source
+        assert point.size[index].tolist() == [float(source.count(slot)) for slot in range(24)]
 
 
 @torch.no_grad()
@@ -166,6 +194,25 @@ def test_other_sizes_of_images_and_odd_grids(fresh: Any) -> None:
         model(narrow)
 
 
+@torch.no_grad()
+def test_what_timm_does_to_images_and_embeddings_is_done_to_coarse_ones(fresh: Any) -> None:
+    import timm
+
+    size = {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 96}
+    options = {"embed_norm_layer": "layernorm", "dynamic_img_size": True, "dynamic_img_pad": True}
+    model = timm.create_model("vit_tiny_patch16_224", **size, **options).eval()
+    embed, entered = model.patch_embed, []
+    nn.init.normal_(embed.norm.weight)
+    mergence.apply(model, schedule=[9], coarse=1.0)
+    model.blocks[0].register_forward_pre_hook(lambda _, given: entered.append(given[0]))
+    image = torch.randn(2, 3, 90, 90)  # timm fills it with zeros to 96 x 96
+    model(image)
+    half = embed.proj(F.avg_pool2d(F.pad(image, (0, 6, 0, 6)), 2)).flatten(2).transpose(1, 2)
+    place = F.avg_pool2d(model.pos_embed[:, 1:].transpose(1, 2).reshape(1, 48, 6, 6), 2)
+    expected = embed.norm(half) + place.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(entered[0][:, 1:], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_whole_image_can_be_coarse(vit: nn.Module, image: Tensor) -> None:
     mergence.apply(vit, schedule=[9] * 6, coarse=1.0)
     assert (mergence.trace(vit, image).points[0].size == 4).all()
@@ -182,7 +229,11 @@ def test_gradients_reach_the_patch_embedding(vit: Any, image: Tensor) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in vit.parameters())
 
 
-def test_recipes_keep_it_and_schedules_scale_by_patches(vit: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["timm-vit", "transformers-siglip"])
+def test_recipes_keep_it_and_schedules_scale_by_patches(
+    kind: str, fresh: Any, tmp_path: Path
+) -> None:
+    vit = fresh(kind)
     mergence.apply(vit, schedule=mergence.Counts(after=tuple(COUNTS), of=36), coarse=0.5)
     mergence.recipe_of(vit).save(tmp_path / "r.json")
     mergence.apply(vit, tmp_path / "r.json")
@@ -199,12 +250,14 @@ def test_what_cannot_be_is_refused_before_anything_changes(fresh: Any, vit: nn.M
         mergence.apply(vit, macs=0.5, coarse=1.5)
     with pytest.raises(OptionError, match="learned module"):
         mergence.apply(vit, "mstm", macs=0.5, coarse=0.2, fusion=True)
-    other = fresh("timm_eva-eva02")
-    with pytest.raises(OptionError, match="cannot read patches of this model coarsely"):
-        mergence.apply(other, macs=0.5, coarse=0.2)
-    assert type(other).__name__ == "Eva"
-    with pytest.raises(mergence.errors.MergenceError, match="not reduced"):
-        mergence.describe(other)
+
+
+def test_a_patch_embedding_that_was_exchanged_is_not_passed_over(vit: Any, image: Tensor) -> None:
+    mergence.apply(vit, **OPTIONS)
+    vit.patch_embed.proj = nn.Conv2d(3, 48, 16, 16)
+    with pytest.raises(ReducedOutputError, match=r"exchanged since, apply again"):
+        vit(image)
+    assert mergence.apply(vit, **OPTIONS)(image).isfinite().all()
 
 
 def test_macs_count_the_second_reading(vit: nn.Module) -> None:

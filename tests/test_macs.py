@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -102,13 +103,16 @@ def test_the_dense_count_is_what_a_counter_sees(tiny_model: nn.Module) -> None:
     assert mergence.describe(mergence.apply(tiny_model, macs=1.0)).dense.total == seen
 
 
-def test_the_reduced_count_is_what_a_counter_sees(tiny_model: nn.Module) -> None:
+@pytest.mark.parametrize("coarse", [0.0, 0.5])
+def test_the_reduced_count_is_what_a_counter_sees(tiny_model: nn.Module, coarse: float) -> None:
+    if coarse and not family.find(tiny_model).inspect(tiny_model).coarse:
+        pytest.skip("its patches cannot be read coarsely")
     # random plans without multiplying, so that what is left is the model.
-    model = mergence.apply(tiny_model, "random", keep_rate=0.7)
+    model = mergence.apply(tiny_model, "random", keep_rate=0.7, coarse=coarse)
     seen, found = watched_macs(model), mergence.describe(model)
-    before = (found.patches, *found.counts[:-1])
-    merged = [n for n, k in zip(before, found.counts, strict=True) if k < n]
-    assert len(merged) == 3
+    counts = (found.patches, found.start, *found.counts)
+    merged = [n for n, k in itertools.pairwise(counts) if k < n]
+    assert len(merged) == 3 + bool(coarse)
     # The merge is one multiply-add per token and channel. No counter sees it: on a CPU tokens are
     # multiplied by their weights and added, and counters watch matrix products.
     dim = family.find(model).inspect(model).cost.dim

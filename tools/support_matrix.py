@@ -21,8 +21,8 @@ CHECKPOINTING = ("set_grad_checkpointing", "gradient_checkpointing_enable")
 def table() -> str:
     """One row for each kind of model that the contract tests build."""
     head = (
-        "| family | kind tested | class | prefix tokens | looks at places | answers with "
-        "| gradient checkpointing |\n|---|---|---|---|---|---|---|\n"
+        "| family | kind tested | class | prefix tokens | looks at places | coarse patches "
+        "| answers with | gradient checkpointing |\n|---|---|---|---|---|---|---|---|\n"
     )
     rows = [
         _row(one, kind, build())
@@ -40,6 +40,7 @@ def _row(one: Family, kind: str, model: nn.Module) -> str:
         f"`{type(model).__name__}`",
         spec.cost.prefix,
         "yes" if spec.cost.placed else "",
+        "yes" if spec.coarse else "",
         "class scores" if spec.classes else "an embedding",
         "yes" if any(hasattr(model, name) for name in CHECKPOINTING) else "not in the library",
     )
@@ -60,7 +61,8 @@ Made by `python tools/support_matrix.py` from the registry. `mergence list famil
 Every kind below passes the contract tests: keep-all bit-identical to the library's own forward, \
 `remove` exact, prefix tokens and token counts as scheduled, a batch equal to its images one by \
 one, copies and pickles, threads, half precision and autocast, gradients, `torch.compile` in one \
-graph; `torch.export` and ONNX for a part of them. Tested with {tested}.
+graph; `torch.export` and ONNX for a part of them. *Coarse patches*: \
+[four patches can be read as one](../coarse.md). Tested with {tested}.
 
 {table()}
 ## What is refused

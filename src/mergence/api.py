@@ -204,7 +204,8 @@ def _check_coarse(method: Method, spec: ModelSpec, learned: nn.Module | None) ->
     if method.coarse and not spec.coarse:
         raise OptionError(
             f"coarse={method.coarse}: mergence cannot read patches of this model coarsely; it can "
-            "for timm's VisionTransformer. Leave coarse out."
+            "where one convolution embeds patches of an image that do not overlap and positions "
+            "are added to them before the first block. Leave coarse out."
         )
     if method.coarse and learned is not None:
         raise OptionError(

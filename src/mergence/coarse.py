@@ -21,19 +21,19 @@ CENTRE = 4.5
 about is rarely at its border."""
 
 
-def regions_of(share: float, patches: int) -> int:
-    """How many regions a share of an image is."""
-    return round(share * patches / SIDE**2)
-
-
 def tokens_left(share: float, patches: int) -> int:
-    """How many tokens are left of so many patches."""
-    return patches - regions_of(share, patches) * (SIDE**2 - 1)
+    """How many tokens are left of so many patches when a share of the image is coarse."""
+    return patches - round(share * patches / SIDE**2) * (SIDE**2 - 1)
+
+
+def regions_in(tokens: int, patches: int) -> int:
+    """How many regions are coarse when so many tokens are left."""
+    return (patches - tokens) // (SIDE**2 - 1)
 
 
 def share_of(tokens: int, patches: int) -> float:
-    """The share of an image that is coarse when so many tokens are left of so many patches."""
-    return (patches - tokens) / (SIDE**2 - 1) * SIDE**2 / patches
+    """Which share of the image is coarse when so many tokens are left."""
+    return regions_in(tokens, patches) * SIDE**2 / patches
 
 
 def halved(image: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
@@ -41,13 +41,11 @@ def halved(image: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tens
 
     Args:
         image: `[B, C, H, W]`.
-        grid: Patch rows and columns; where their number is odd, the last one is left out.
+        grid: Patch rows and columns; where their number is odd, the last one is left out, as are
+            pixels outside of the patches.
         patch: Height and width of a patch in pixels.
     """
     height, width = (n // SIDE * SIDE * p for n, p in zip(grid, patch, strict=True))
-    # Zeros where the library pads the image to whole patches.
-    missing = max(width - image.shape[3], 0), max(height - image.shape[2], 0)
-    image = F.pad(image, (0, missing[0], 0, missing[1]))
     return F.avg_pool2d(image[:, :, :height, :width], SIDE)
 
 

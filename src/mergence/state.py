@@ -74,7 +74,9 @@ class Run(threading.local):
         active: Whether a forward is under way.
         carry: What is known about the tokens now; None before the first block that looks.
         grid: Patch rows and columns of the images of this forward.
-        image: The images themselves, `[B, C, H, W]`, where a family can read them coarsely.
+        readings: Where some patches are read coarsely, from the patch embedding until they join:
+            the embeddings of the patches and, for each patch, of its region at half the
+            resolution, both `[B, N, C]` without positions.
         observer: Receives each reduction while tracing; see `mergence.tracing`.
         clock: Told of the end of each part of a forward while profiling; see `mergence.profiling`.
         disabled: Run the model as if nothing were applied.
@@ -87,7 +89,7 @@ class Run(threading.local):
         self.active: bool = False
         self.carry: Carry | None = None
         self.grid: tuple[int, int] | None = None
-        self.image: Tensor | None = None
+        self.readings: tuple[Tensor, Tensor] | None = None
         self.observer: Any = None
         self.clock: Callable[[str], None] | None = None
         self.disabled: bool = False
@@ -97,7 +99,7 @@ class Run(threading.local):
         return Run, ()
 
     @contextmanager
-    def forward(self, grid: tuple[int, int], image: Tensor | None = None) -> Iterator[Run]:
+    def forward(self, grid: tuple[int, int]) -> Iterator[Run]:
         """Mark a model's forward; inner calls join the outer one.
 
         The run is reset on entry and on exit, so that nothing of an earlier forward, also of one
@@ -106,13 +108,13 @@ class Run(threading.local):
         if self.active:
             yield self
             return
-        self.active, self.carry, self.grid, self.image = True, None, grid, image
+        self.active, self.carry, self.grid, self.readings = True, None, grid, None
         if self.observer is not None:
             self.observer.grid = grid
         try:
             yield self
         finally:
-            self.active, self.carry, self.grid, self.image = False, None, None, None
+            self.active, self.carry, self.grid, self.readings = False, None, None, None
 
     @contextmanager
     def averaging(self) -> Iterator[None]:

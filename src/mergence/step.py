@@ -158,52 +158,76 @@ class Program:
         bias = _size_bias(size, self.prefix, x.dtype, factor) if factor else None
         return merged, replace(carry, size=size, bias=bias, slots=(*carry.slots, plan.slot))
 
-    def coarsened(
+    def read(
         self,
-        x: Tensor,
+        image: Tensor,
         fine: Tensor,
         embed: Callable[[Tensor], Tensor],
         patch: tuple[int, int],
-    ) -> Tensor:
-        """Read a part of the patches coarsely, before the first block.
+    ) -> None:
+        """Embed an image at half its resolution as well, where some patches are read coarsely.
+
+        Args:
+            image: `[B, C, H, W]` what the patch embedding was given.
+            fine: `[B, C, rows, columns]` what it made of it.
+            embed: From an image to such embeddings.
+            patch: Height and width of a patch in pixels.
+
+        Raises:
+            ScheduleError: The image has fewer regions of four patches than are to be coarse.
+        """
+        grid = fine.shape[2], fine.shape[3]
+        regions = self._coarse_regions(grid[0] * grid[1])
+        if not regions:
+            return
+        there = grid[0] // coarse.SIDE * (grid[1] // coarse.SIDE)
+        if regions > there:
+            raise ScheduleError(
+                f"{regions} regions of 2 x 2 patches are to be read coarsely, and {grid[0]} x "
+                f"{grid[1]} patches hold {there}. Give a smaller share, or 0, as coarse."
+            )
+        half = embed(coarse.halved(image, grid, patch)).permute(0, 2, 3, 1)
+        self.run.readings = fine.flatten(2).transpose(1, 2), coarse.spread(half, grid)
+
+    def coarsened(self, x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Join the patches that are read coarsely, before the first block.
 
         Args:
             x: `[B, P + N, C]` prefix and patch tokens, with positions.
-            fine: `[B, N, C]` the embeddings of the patches, without positions.
-            embed: From an image to such embeddings.
-            patch: Height and width of a patch in pixels.
+            norm: What the model does to the embedding of a patch before it adds its position.
 
         Returns:
             `[B, P + n, C]`: tokens of one patch or of four. Their books are in the run.
 
         Raises:
-            ScheduleError: The image has fewer regions of four patches than are to be coarse.
+            ReducedOutputError: The images did not pass the patch embedding that `read` them.
         """
-        run, patches = self.run, fine.shape[1]
-        if run.disabled or run.grid is None or run.image is None:
-            return x
-        regions = (patches - self.tokens(patches)[0]) // (coarse.SIDE**2 - 1)
+        run, regions = self.run, self._coarse_regions(x.shape[1] - self.prefix)
         if not regions:
             return x
-        there = run.grid[0] // coarse.SIDE, run.grid[1] // coarse.SIDE
-        if regions > there[0] * there[1]:
-            raise ScheduleError(
-                f"{regions} regions of 2 x 2 patches are to be read coarsely, and {run.grid[0]} x "
-                f"{run.grid[1]} patches hold {there[0] * there[1]}. Give a smaller share, or 0, as "
-                "coarse."
+        if run.readings is None or run.grid is None:
+            raise ReducedOutputError(
+                "Some patches are to be read coarsely, and the images did not pass the patch "
+                "embedding that the model had when mergence was applied. If the model's was "
+                "exchanged since, apply again."
             )
-        half = embed(coarse.halved(run.image, run.grid, patch))
-        half = coarse.spread(half.reshape(half.shape[0], *there, half.shape[2]), run.grid)
+        fine, half = run.readings if norm is None else map(norm, run.readings)
+        run.readings = None
         with torch.autocast(x.device.type, enabled=False):
             plan, chosen, loss = coarse.plan(fine, half, run.grid, regions)
             # Each patch of a chosen region takes its embedding; their mean has the mean position.
             change = torch.where(chosen.unsqueeze(2), half - fine, 0)
             x = torch.cat((x[:, : self.prefix], x[:, self.prefix :] + change), dim=1)
             size = torch.ones(fine.shape[:2], device=x.device)
-            x, run.carry = self.merged(x, size, Carry(patches, run.grid), plan)
+            x, run.carry = self.merged(x, size, Carry(fine.shape[1], run.grid), plan)
         if run.observer is not None:
             run.observer.reduced(0, run.carry, plan, loss)
         return x
+
+    def _coarse_regions(self, patches: int) -> int:
+        """How many regions the forward that is under way reads coarsely."""
+        reads = self.run.active and not self.run.disabled
+        return coarse.regions_in(self.tokens(patches)[0], patches) if reads else 0
 
 
 def _first_reduction(tokens: tuple[int, ...]) -> int | None:

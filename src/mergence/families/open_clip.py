@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mergence import family as families
 from mergence.errors import UnsupportedModelError
+from mergence.families._coarse import CoarseStem, CoarseTokens, can_read_coarsely
 from mergence.families._common import (
     Reduce,
     linear_macs,
@@ -200,6 +201,9 @@ class OpenClip(Family):
         head = 0 if tower.proj is None else tower.proj.numel()
         per_token = 0
         parts: list[tuple[nn.Module, type]] = [(tower, ReducedTower)]
+        if coarse := can_read_coarsely(tower.conv1):
+            # Between positions and the norm before the first block stands this, an identity here.
+            parts += [(tower.conv1, CoarseStem), (tower.patch_dropout, CoarseTokens)]
         if pool is not None:
             parts.append((pool, ReducedPool))
             queries, inner = pool.query.shape
@@ -228,6 +232,7 @@ class OpenClip(Family):
             block_mixin=ReducedBlock,
             parts=tuple(parts),
             classes=0,
+            coarse=coarse,
         )
 
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:

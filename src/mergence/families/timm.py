@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergence.errors import ReducedOutputError, UnsupportedModelError
+from mergence.families._coarse import CoarseStem, can_read_coarsely
 from mergence.families._common import (
     Reduce,
     linear_macs,
@@ -109,7 +110,7 @@ class ReducedTrunk:
         program: Program = self._mergence
         if not program.run.disabled:
             program.tokens(rows * columns)  # refuses a size at which it cannot be followed
-        return program.run.forward((rows, columns), image)
+        return program.run.forward((rows, columns))
 
     def forward(self: Any, x: Tensor, *masks: Any, **options: Any) -> Tensor:
         """The model's forward, as one run. The blocks refuse masks."""
@@ -228,14 +229,7 @@ class ReducedViT(ReducedModel):
     def _pos_embed(self: Any, x: Tensor) -> Any:
         """The tokens with their positions, some of them read coarsely."""
         dense: Any = super()
-        y = dense._pos_embed(x)
-        embed = self.patch_embed
-        return self._mergence.coarsened(
-            y,
-            x.flatten(1, -2),  # rows and columns where sizes are dynamic
-            lambda image: embed.norm(embed.proj(image).flatten(2).transpose(1, 2)),
-            embed.patch_size,
-        )
+        return self._mergence.coarsened(dense._pos_embed(x), self.patch_embed.norm)
 
 
 class Timm(Family):
@@ -281,6 +275,7 @@ class Timm(Family):
                 "no fixed place. Build it with patch_drop_rate=0."
             )
         blocks = tuple(model.blocks)
+        coarse = issubclass(self.model_mixin, ReducedViT) and can_read_coarsely(embed.proj)
         cost = ModelCost(
             blocks=tuple(
                 BlockCost(
@@ -302,9 +297,9 @@ class Timm(Family):
             patches=self._patches(model),
             cost=cost,
             block_mixin=self._block_mixin(blocks),
-            parts=((model, self.model_mixin),),
+            parts=((model, self.model_mixin), *([(embed.proj, CoarseStem)] if coarse else [])),
             classes=model.num_classes,
-            coarse=issubclass(self.model_mixin, ReducedViT),
+            coarse=coarse,
         )
 
     def _attention_macs(self, attn: Any) -> int:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from mergence.families._coarse import CoarseStem, CoarseTokens, can_read_coarsely
 from mergence.families._common import (
     Reduce,
     linear_macs,
@@ -81,6 +82,10 @@ class Torchvision(Family):
                 self.supported,
             )
         heads = [m for m in model.heads.modules() if isinstance(m, nn.Linear)]
+        parts: list[tuple[nn.Module, type]] = [(model, ReducedModel)]
+        if coarse := can_read_coarsely(model.conv_proj):
+            # The encoder adds positions; its dropout is the first that has tokens with them.
+            parts += [(model.conv_proj, CoarseStem), (model.encoder.dropout, CoarseTokens)]
         return ModelSpec(
             blocks=blocks,
             patches=model.seq_length - 1,
@@ -100,8 +105,9 @@ class Torchvision(Family):
                 head=linear_macs(model.heads),
             ),
             block_mixin=ReducedBlock,
-            parts=((model, ReducedModel),),
+            parts=tuple(parts),
             classes=heads[-1].out_features if heads else 0,
+            coarse=coarse,
         )
 
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:

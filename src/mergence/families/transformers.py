@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergence.errors import ReducedOutputError, UnsupportedModelError
+from mergence.families._coarse import CoarseStem, can_read_coarsely
 from mergence.families._common import linear_macs, refuse_mask, require_class
 from mergence.families._transformers import (
     CONTAINERS,
@@ -91,6 +92,23 @@ class ReducedMaskingTower(ReducedTower):
             patches = math.prod(_grid(self.config, image.shape))
             options["noise"] = torch.arange(patches, device=image.device).expand(len(image), -1)
         return super().forward(*inputs, **options)
+
+
+class ReducedEmbeddings:
+    """Mixed into the embeddings of towers that can read patches coarsely."""
+
+    def forward(self: Any, *inputs: Any, **options: Any) -> Tensor:
+        """The embeddings' forward, after which the patches that are read coarsely have joined."""
+        dense: Any = super()
+        program: Program = self._mergence
+        y = dense.forward(*inputs, **options)
+        if program.run.readings is not None and options.get("bool_masked_pos") is not None:
+            raise ReducedOutputError(
+                "A model that reads patches coarsely was given `bool_masked_pos`, and a region has "
+                "no token of its own that could be masked. Apply with coarse=0, or use "
+                "mergence.disabled(model)."
+            )
+        return program.coarsened(y)
 
 
 class ReducedHead:
@@ -226,6 +244,9 @@ class Transformers(Family):
         parts: list[tuple[nn.Module, type]] = [
             (tower, ReducedMaskingTower if kind.masks else ReducedTower)
         ]
+        stem = tower.get_submodule(kind.stem)
+        if coarse := can_read_coarsely(stem) and not (kind.rotary or kind.masks):
+            parts += [(stem, CoarseStem), (tower.embeddings, ReducedEmbeddings)]
         head = getattr(tower, kind.head, None) if kind.head else None
         if head is not None:
             parts.append((head, ReducedHead))
@@ -240,6 +261,7 @@ class Transformers(Family):
             block_mixin=BLOCK_MIXINS[kind.layout],
             parts=tuple(parts),
             classes=model.num_labels if "Classification" in type(model).__name__ else 0,
+            coarse=coarse,
         )
 
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:
