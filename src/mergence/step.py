@@ -176,7 +176,7 @@ class Program:
         Raises:
             ScheduleError: The image has fewer regions of four patches than are to be coarse.
         """
-        grid = fine.shape[2], fine.shape[3]
+        grid = fine.shape[-2], fine.shape[-1]
         regions = self._coarse_regions(grid[0] * grid[1])
         if not regions:
             return

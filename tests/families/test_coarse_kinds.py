@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,6 +130,15 @@ def test_patch_embeddings_that_overlap_or_have_several_layers_are_refused() -> N
         mergence.apply(model, macs=0.8)
         with pytest.raises(OptionError, match="cannot read patches of this model coarsely"):
             mergence.apply(model, macs=0.5, coarse=0.2)
+
+
+@torch.no_grad()
+def test_a_folder_keeps_the_share(fresh: Any, image: Tensor, tmp_path: Path) -> None:
+    model = mergence.apply(fresh("transformers-dinov2_reg"), **OPTIONS)
+    mergence.save(model, tmp_path)
+    loaded = mergence.load(tmp_path)
+    assert mergence.recipe_of(loaded) == mergence.recipe_of(model)
+    assert torch.equal(answer(loaded(image)), answer(model(image)))
 
 
 def test_spectrograms_whose_patches_do_not_overlap_can_be_read_coarsely() -> None:
