@@ -41,7 +41,7 @@ def chosen_by_loop(fine: Tensor, half: Tensor, grid: tuple[int, int], regions: i
     for r in range(rows):
         for c in range(columns):
             four = [(2 * r + y) * grid[1] + 2 * c + x for y in (0, 1) for x in (0, 1)]
-            loss = sum(float((half[four[0]] - fine[p]).square().mean()) for p in four) / 4
+            loss = sum(float((half[r, c] - fine[p]).square().mean()) for p in four) / 4
             y, x = (2 * i / (n - 1) - 1 if n > 1 else -1 for i, n in ((r, rows), (c, columns)))
             losses.append((math.log(loss) - coarse.CENTRE / 2 * (y * y + x * x), four[0]))
     return {first for _, first in sorted(losses)[:regions]}
@@ -52,8 +52,8 @@ def test_the_regions_of_least_loss_join_and_the_rest_stays(grid: tuple[int, int]
     rows, columns = grid[0] // 2, grid[1] // 2
     patches, regions = grid[0] * grid[1], max(rows * columns // 2, 1)
     fine = torch.randn(2, patches, 5)
-    half = coarse.spread(torch.randn(2, rows, columns, 5), grid)
-    plan, chosen, loss = coarse.plan(fine, half, grid, regions)
+    half = torch.randn(2, rows, columns, 5)
+    plan, chosen, loss = coarse.plan(coarse.difference(fine, half, grid), grid, regions)
     assert plan.slots == patches - 3 * regions
     assert loss.shape == chosen.shape == (2, patches)
     assert (loss > 0).all()
@@ -77,7 +77,7 @@ def test_the_regions_of_least_loss_join_and_the_rest_stays(grid: tuple[int, int]
 
 def test_flat_regions_count_as_the_least_and_the_border_goes_first() -> None:
     flat = torch.zeros(1, 36, 4)
-    plan, chosen, _ = coarse.plan(flat, flat, (6, 6), 4)
+    plan, chosen, _ = coarse.plan(flat, (6, 6), 4)
     assert chosen.reshape(6, 6)[:2, :2].all()
     assert not chosen.reshape(6, 6)[2:4].any()
     assert plan.slots == 24
@@ -148,7 +148,7 @@ def test_a_coarse_token_is_the_region_at_half_resolution_at_its_mean_place(
     (point,) = trace.points
     assert point.block == 0
     for index in range(len(image)):
-        firsts = chosen_by_loop(fine[index], coarse.spread(half, (6, 6))[index], (6, 6), 4)
+        firsts = chosen_by_loop(fine[index], half[index], (6, 6), 4)
         expected, source, inside = [], [0] * 36, set()
         for patch in range(36):
             row, column = divmod(patch, 6)
@@ -287,10 +287,10 @@ def test_it_compiles_in_one_graph_and_exports_with_any_batch(
 
 def test_a_plan_of_regions_is_merged_like_any_other() -> None:
     fine = torch.randn(2, 36, 5)
-    half = coarse.spread(torch.randn(2, 3, 3, 5), (6, 6))
-    plan, chosen, _ = coarse.plan(fine, half, (6, 6), 3)
+    change = coarse.difference(fine, torch.randn(2, 3, 3, 5), (6, 6))
+    plan, chosen, _ = coarse.plan(change, (6, 6), 3)
     assert isinstance(plan, MergePlan)
-    merged, size = merge(torch.where(chosen[..., None], half, fine), torch.ones(2, 36), plan)
+    merged, size = merge(fine + change * chosen[..., None], torch.ones(2, 36), plan)
     assert merged.shape == (2, 27, 5)
     assert size.sum(dim=1).tolist() == [36, 36]
 

@@ -49,17 +49,34 @@ def halved(image: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tens
     return F.avg_pool2d(image[:, :, :height, :width], SIDE)
 
 
-def plan(
-    fine: Tensor, coarse: Tensor, grid: tuple[int, int], regions: int
-) -> tuple[MergePlan, Tensor, Tensor]:
-    """Choose the regions that lose least; the patches of each join.
-
-    The loss of a region is the mean squared difference between its embedding at half the resolution
-    and the four that it stands for, times a preference for the border.
+def difference(fine: Tensor, half: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What becomes of each patch's embedding when its region is read at half the resolution.
 
     Args:
         fine: `[B, N, C]` embeddings of the patches, in raster order, without positions.
-        coarse: `[B, N, C]` for each patch the embedding of its region; see `spread`.
+        half: `[B, rows // 2, columns // 2, C]` embeddings of the regions.
+        grid: Rows and columns of patches.
+
+    Returns:
+        `[B, N, C]` the difference; zero where an odd row or column has no region.
+    """
+    rows, columns = half.shape[1:3]
+    batch, _, channels = fine.shape
+    inside = fine.reshape(batch, *grid, channels)[:, : rows * SIDE, : columns * SIDE]
+    inside = inside.reshape(batch, rows, SIDE, columns, SIDE, channels)
+    there = (half[:, :, None, :, None] - inside).flatten(3, 4).flatten(1, 2)
+    odd = grid[0] - rows * SIDE, grid[1] - columns * SIDE
+    return F.pad(there, (0, 0, 0, odd[1], 0, odd[0])).flatten(1, 2)
+
+
+def plan(change: Tensor, grid: tuple[int, int], regions: int) -> tuple[MergePlan, Tensor, Tensor]:
+    """Choose the regions that lose least; the patches of each join.
+
+    The loss of a region is the mean squared change of the embeddings of its patches, times a
+    preference for the border.
+
+    Args:
+        change: `[B, N, C]`; see `difference`.
         grid: Rows and columns of patches.
         regions: How many regions become one token, at least 1.
 
@@ -68,15 +85,16 @@ def plan(
         judged, `[B, N]` float32, positive.
     """
     rows, columns = (n // SIDE for n in grid)
-    change = (coarse.float() - fine.float()).square().mean(dim=2).reshape(-1, 1, *grid)
-    loss = F.avg_pool2d(change, SIDE).squeeze(1)
+    exact = torch.promote_types(change.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(change.detach(), dim=2, dtype=exact).float()
+    loss = F.avg_pool2d((norm.square() / change.shape[2]).reshape(-1, 1, *grid), SIDE).squeeze(1)
     loss = loss.clamp(min=torch.finfo(loss.dtype).tiny).log() - _distance(rows, columns, loss)
     chosen = spread(highest(-loss.flatten(1), regions).reshape(-1, rows, columns), grid)
-    position = torch.arange(fine.shape[1], device=fine.device)
+    position = torch.arange(change.shape[1], device=change.device)
     row, column = position // grid[1], position % grid[1]
     first = row // SIDE * SIDE * grid[1] + column // SIDE * SIDE
     moves = torch.where(chosen, first, position)
-    slots = fine.shape[1] - regions * (SIDE**2 - 1)
+    slots = change.shape[1] - regions * (SIDE**2 - 1)
     return join(moves, torch.ones_like(moves.float()), slots), chosen, spread(loss, grid).exp()
 
 
@@ -84,15 +102,15 @@ def spread(regions: Tensor, grid: tuple[int, int]) -> Tensor:
     """Give every patch the value of its region; zero where an odd row or column has none.
 
     Args:
-        regions: `[B, rows // 2, columns // 2, ...]`.
+        regions: `[B, rows // 2, columns // 2]`.
         grid: Rows and columns of patches.
 
     Returns:
-        `[B, N, ...]`.
+        `[B, N]`.
     """
     full = regions.repeat_interleave(SIDE, dim=1).repeat_interleave(SIDE, dim=2)
     odd = grid[0] - full.shape[1], grid[1] - full.shape[2]
-    return F.pad(full, (*(0, 0) * (full.ndim - 3), 0, odd[1], 0, odd[0])).flatten(1, 2)
+    return F.pad(full, (0, odd[1], 0, odd[0])).flatten(1)
 
 
 def _distance(rows: int, columns: int, like: Tensor) -> Tensor:

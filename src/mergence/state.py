@@ -75,8 +75,8 @@ class Run(threading.local):
         carry: What is known about the tokens now; None before the first block that looks.
         grid: Patch rows and columns of the images of this forward.
         readings: Where some patches are read coarsely, from the patch embedding until they join:
-            the embeddings of the patches and, for each patch, of its region at half the
-            resolution, both `[B, N, C]` without positions.
+            the embeddings of the patches, `[B, N, C]`, and those of the regions at half the
+            resolution, `[B, rows // 2, columns // 2, C]`, both without positions.
         observer: Receives each reduction while tracing; see `mergence.tracing`.
         clock: Told of the end of each part of a forward while profiling; see `mergence.profiling`.
         disabled: Run the model as if nothing were applied.

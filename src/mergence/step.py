@@ -187,7 +187,7 @@ class Program:
                 f"{grid[1]} patches hold {there}. Give a smaller share, or 0, as coarse."
             )
         half = embed(coarse.halved(image, grid, patch)).permute(0, 2, 3, 1)
-        self.run.readings = fine.flatten(2).transpose(1, 2), coarse.spread(half, grid)
+        self.run.readings = fine.flatten(2).transpose(1, 2), half
 
     def coarsened(self, x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Join the patches that are read coarsely, before the first block.
@@ -214,10 +214,11 @@ class Program:
         fine, half = run.readings if norm is None else map(norm, run.readings)
         run.readings = None
         with torch.autocast(x.device.type, enabled=False):
-            plan, chosen, loss = coarse.plan(fine, half, run.grid, regions)
+            change = coarse.difference(fine, half, run.grid)
+            plan, chosen, loss = coarse.plan(change, run.grid, regions)
             # Each patch of a chosen region takes its embedding; their mean has the mean position.
-            change = torch.where(chosen.unsqueeze(2), half - fine, 0)
-            x = torch.cat((x[:, : self.prefix], x[:, self.prefix :] + change), dim=1)
+            taken = torch.addcmul(x[:, self.prefix :], change, chosen.unsqueeze(2).to(x.dtype))
+            x = torch.cat((x[:, : self.prefix], taken), dim=1)
             size = torch.ones(fine.shape[:2], device=x.device)
             x, run.carry = self.merged(x, size, Carry(fine.shape[1], run.grid), plan)
         if run.observer is not None:
