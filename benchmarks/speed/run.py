@@ -88,6 +88,7 @@ def main() -> None:
             if emulated(device, dtype):
                 name = str(dtype).removeprefix("torch.")
                 result["left_out"].append(f"{case.model}, {name}: emulated on this device")
+                _write(result, arguments.out)
                 continue
             torch.manual_seed(0)
             loaded = load_model(f"timm-random:{case.model}")
@@ -108,7 +109,11 @@ def main() -> None:
                     progress=lambda settings, bar=bar, task=task: bar.advance(task, settings),
                 )
             result["tables"].append(table.to_dict())
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            _write(result, arguments.out)
+
+
+def _write(result: dict[str, Any], out: Path) -> None:
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _recipes(align: int | None) -> Iterator[tuple[str, mergence.Recipe]]:
