@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any
@@ -54,7 +55,7 @@ def main() -> None:
         calls = {name: model for name, (model, _) in models.items()}
         with torch.inference_mode():
             times = take_turns(calls, images, arguments.seconds, arguments.rounds)
-        median = {name: sorted(taken)[len(taken) // 2] for name, taken in times.items()}
+        median = {name: statistics.median(taken) for name, taken in times.items()}
         for name, (_, share) in models.items():
             ideal = median["dense"] / median[name] * share
             print(f"batch {batch:3d}  {name:22s} {median[name]:9.2f} ms  {ideal:.3f}")

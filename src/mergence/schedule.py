@@ -31,14 +31,18 @@ class Schedule(ABC):
         """How many patch tokens the schedule wants to enter the first block."""
         return setting.tokens
 
+    def wanted(self, setting: Setting) -> tuple[int, ...]:
+        """What `tokens` returns, before it is checked."""
+        setting = dataclasses.replace(setting, tokens=self.start(setting), fewer=())
+        return setting.tokens, *aligned(self.raw(setting), setting)
+
     def tokens(self, setting: Setting) -> tuple[int, ...]:
         """Patch tokens that enter the first block, and those left after each.
 
         Raises:
             ScheduleError: The schedule cannot be carried out.
         """
-        setting = dataclasses.replace(setting, tokens=self.start(setting), fewer=())
-        return setting.tokens, *check(aligned(self.raw(setting), setting), setting)
+        return check(self.wanted(setting), setting)
 
     def align_on(self, device: str) -> int:
         """The multiple that counts keep to on a type of device where nobody asks for another.
@@ -273,13 +277,13 @@ class Macs(Schedule):
         return self._fitted(setting).start(setting)
 
     def raw(self, setting: Setting) -> tuple[int, ...]:
+        # Fitted once more now that it is known how many enter: that moves by whole regions, and
+        # what a region leaves of the budget goes to the blocks.
         return self._fitted(setting).raw(setting)
 
     def _fitted(self, setting: Setting) -> Schedule:
         def share(strength: float) -> float:
-            shape = self.shape.with_strength(strength, setting)
-            entered = dataclasses.replace(setting, tokens=shape.start(setting))
-            return setting.share((entered.tokens, *aligned(shape.raw(entered), entered)))
+            return setting.share(self.shape.with_strength(strength, setting).wanted(setting))
 
         if share(1.0) > self.macs:
             raise ScheduleError(

@@ -66,13 +66,13 @@ def aligned(counts: tuple[int, ...], setting: Setting) -> tuple[int, ...]:
     return tuple(result)
 
 
-def check(counts: tuple[int, ...], setting: Setting) -> tuple[int, ...]:
-    """Return the counts if a model and a method can follow them.
+def check(tokens: tuple[int, ...], setting: Setting) -> tuple[int, ...]:
+    """Return the tokens that enter and those left after each block if they can be followed.
 
     Raises:
         ScheduleError: They cannot; the message names the block.
     """
-    before = setting.tokens
+    before, *counts = tokens
     for block, after in enumerate(counts, start=1):
         if after < 1:
             raise ScheduleError(
@@ -91,4 +91,4 @@ def check(counts: tuple[int, ...], setting: Setting) -> tuple[int, ...]:
                 "more blocks or choose another method."
             )
         before = after
-    return counts
+    return tokens
