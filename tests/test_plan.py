@@ -12,17 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergence.errors import MergenceError
-from mergence.plan import (
-    DROPPED,
-    Partition,
-    alternate,
-    best_pairs,
-    compose,
-    highest,
-    join,
-    keep_highest,
-    rows,
-)
+from mergence.plan import DROPPED, compose, rows
+from mergence.planning import Partition, alternate, best_pairs, join, keep_highest
 
 SCORES = st.sampled_from([0.0, 1.0, -1.0, 0.5, 2.5, math.nan, math.inf, -math.inf])
 
@@ -40,7 +31,8 @@ def partitions(draw: st.DrawFn) -> Partition:
     tokens = draw(st.integers(1, 10))
     kept = [sorted(draw(st.permutations(range(tokens)))[: max(tokens // 2, 1)]) for _ in range(2)]
     removed = [[n for n in range(tokens) if n not in row] for row in kept]
-    return Partition(torch.tensor(kept), torch.tensor(removed, dtype=torch.long))
+    order = torch.cat((torch.tensor(kept), torch.tensor(removed, dtype=torch.long)), dim=1)
+    return Partition(order[:, : len(kept[0])], order[:, len(kept[0]) :], order.argsort(dim=1))
 
 
 @given(case=scores())
@@ -168,16 +160,3 @@ def test_composition_follows_each_patch(data: st.DataObject) -> None:
 def test_reading_what_was_not_declared_names_the_remedy(name: str, view: Any) -> None:
     with pytest.raises(MergenceError, match=f'tokens.{name} without.*Add "{name}".*`needs`'):
         getattr(view(torch.zeros(1, 2, 2)), name)
-
-
-@given(st.lists(SCORES, min_size=2, max_size=12), st.data())
-def test_highest_marks_exactly_so_many_and_none_below_another(
-    scores: list[float], data: st.DataObject
-) -> None:
-    slots = data.draw(st.integers(1, len(scores)))
-    marked = highest(torch.tensor([scores]), slots)[0].tolist()
-    assert sum(marked) == slots
-    ranked = [-math.inf if math.isnan(score) else score for score in scores]
-    chosen = [score for score, mark in zip(ranked, marked, strict=True) if mark]
-    others = [score for score, mark in zip(ranked, marked, strict=True) if not mark]
-    assert not others or min(chosen) >= max(others)

@@ -24,7 +24,8 @@ from mergence.distances import tempered_kl_divergence
 from mergence.method import Method
 from mergence.methods import Mergence
 from mergence.models import load_model
-from mergence.plan import MergePlan, TokenView, highest, join
+from mergence.plan import MergePlan, TokenView
+from mergence.planning import join, keep_highest
 
 COUNTS = {
     "0.67": (196, 196, 196, 196, 154, 154, 112, 86, 86, 56, 56, 1),
@@ -75,7 +76,7 @@ class Rounds(Mergence):
             targets = above & stays.unsqueeze(1)
             nearest = torch.where(targets, similarity, -1.0).amax(dim=2).clamp(max=1.0)
             cost = self.alpha * importance.log() + torch.log(1 + self.epsilon - nearest)
-            stays = highest(cost, slots)
+            stays = keep_highest(cost, slots).place < slots
         nearest = torch.where(stays.unsqueeze(1), similarity, -torch.inf).argmax(dim=2)
         moves = torch.where(stays, torch.arange(stays.shape[1]), nearest)
         return join(moves, tokens.size, slots, keep_norm=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mergence.api import apply, describe, remove
-from mergence.devices import synchronise, warn_of_slow_type
+from mergence.devices import convolutions_tried, synchronise, warn_of_slow_type
 from mergence.errors import OptionError
 from mergence.evaluation import DENSE
 from mergence.profiling import PARTS, Profile, parts_of
@@ -225,10 +225,14 @@ def _callable(model: nn.Module, mode: str) -> Callable[[Tensor], Any]:
     return call
 
 
+@convolutions_tried()
 def take_turns(
     calls: Mapping[str, Callable[[Tensor], Any]], images: Tensor, seconds: float, rounds: int
 ) -> dict[str, list[float]]:
-    """Time calls in turns, a warm-up first: milliseconds of each, at least `rounds` of them."""
+    """Time calls in turns, a warm-up first: milliseconds of each, at least `rounds` of them.
+
+    With `torch.backends.cudnn.benchmark`; see `mergence.devices.convolutions_tried`.
+    """
     for call in calls.values():
         call(images)
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -263,6 +267,7 @@ def _profiles(
     ]
 
 
+@convolutions_tried()
 def _peak_mib(call: Callable[[Tensor], Any], images: Tensor) -> float | None:
     if images.device.type != "cuda":
         return None

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mergence.plan import MergePlan, highest, join
+from mergence.plan import MergePlan
+from mergence.planning import join, keep_highest
 
 SIDE = 2
 """Rows and columns of patches in a region."""
@@ -89,7 +90,9 @@ def plan(change: Tensor, grid: tuple[int, int], regions: int) -> tuple[MergePlan
     norm = torch.linalg.vector_norm(change.detach(), dim=2, dtype=exact).float()
     loss = F.avg_pool2d((norm.square() / change.shape[2]).reshape(-1, 1, *grid), SIDE).squeeze(1)
     loss = loss.clamp(min=torch.finfo(loss.dtype).tiny).log() - _distance(rows, columns, loss)
-    chosen = spread(highest(-loss.flatten(1), regions).reshape(-1, rows, columns), grid)
+    chosen = spread(
+        (keep_highest(-loss.flatten(1), regions).place < regions).reshape(-1, rows, columns), grid
+    )
     position = torch.arange(change.shape[1], device=change.device)
     row, column = position // grid[1], position % grid[1]
     first = row // SIDE * SIDE * grid[1] + column // SIDE * SIDE

@@ -9,30 +9,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mergence import ops
 
-def attention_from(
-    queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None
-) -> Tensor:
-    """Attention that queries pay to every token, averaged over heads and queries.
+
+def attention_from(query: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Attention that a query pays to every token, averaged over heads.
 
     With the class token's query this is exactly row 0 of the attention map (EViT, arXiv 2202.07800,
     section 3.1). Models without a class token use the mean query of all tokens instead, which is
     our substitute; no paper is followed there.
 
     Args:
-        queries: `[B, H, Q, D]`.
+        query: `[B, H, 1, D]`.
         keys: `[B, H, N, D]`.
         scale: Factor on the logits, usually `D ** -0.5`.
         bias: What the block's own attention adds to its logits, `[B, 1, 1, N]` or what else
-            is broadcast to `[B, H, Q, N]`, or None.
+            is broadcast to `[B, H, 1, N]`, or None.
 
     Returns:
         `[B, N]` float32, each row sums to 1.
     """
-    logits = (queries @ keys.transpose(-2, -1)).float() * scale
-    if bias is not None:
-        logits = logits + bias
-    return logits.softmax(dim=-1).mean(dim=(1, 2))
+    return ops.attention_of_row(query, keys, scale, bias).mean(dim=1)
 
 
 def attention_received(
@@ -52,10 +49,11 @@ def attention_received(
     Returns:
         `[B, N]` float32, each row sums to 1.
     """
-    heads = [slice(h, h + 1) for h in range(queries.shape[1])]
 
-    def added(head: slice) -> Tensor | None:
-        return bias if bias is None or bias.shape[-3] == 1 else bias[..., head, :, :]
+    def by(head: int) -> Tensor:
+        logits = (queries[:, head] @ keys[:, head].transpose(-2, -1)).float() * scale
+        if bias is not None:
+            logits = logits + bias[..., head if bias.shape[-3] > 1 else 0, :, :]
+        return logits.softmax(dim=-1).mean(dim=1)
 
-    each = [attention_from(queries[:, h], keys[:, h], scale, added(h)) for h in heads]
-    return torch.stack(each).mean(dim=0)
+    return torch.stack([by(head) for head in range(queries.shape[1])]).mean(dim=0)

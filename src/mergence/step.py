@@ -367,5 +367,6 @@ class BlockStep:
 
 
 def _size_bias(size: Tensor, prefix: int, dtype: torch.dtype, factor: float) -> Tensor:
-    bias = nn.functional.pad(factor * size.log(), (prefix, 0))
+    bias = nn.functional.pad(size, (prefix, 0), value=1.0).log()
+    bias = bias if factor == 1 else factor * bias
     return bias.to(dtype)[:, None, None, :]

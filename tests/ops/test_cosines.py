@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergence.ops import cpu, dense, fused
-from mergence.plan import highest
+from mergence.planning import Partition, keep_highest
 
 FAST = pytest.mark.parametrize("implementation", [dense, cpu, fused], ids=["dense", "cpu", "fused"])
 SHAPES = [(3, 2, 128), (2, 33, 200), (1, 20, 1664), (1, 130, 128)]
@@ -31,10 +31,9 @@ class Readable:
         above = (other > own) | ((other == own) & (position < position.unsqueeze(1)))
         return torch.where(above, self.matrix, -1.0).amax(dim=2).clamp(-1, 1)
 
-    def nearest_kept(self, stays: Tensor) -> Tensor:
-        position = torch.arange(stays.shape[1], device=stays.device)
-        nearest = torch.where(stays.unsqueeze(1), self.matrix, -torch.inf).argmax(dim=2)
-        return torch.where(stays, position, nearest)
+    def nearest(self, of: Tensor, among: Tensor) -> Tensor:
+        images = zip(self.matrix, of, among, strict=True)
+        return torch.stack([m[i][:, j].argmax(dim=1) for m, i, j in images])
 
 
 def exact(shape: tuple[int, int, int], kinds: int, place: torch.device) -> Tensor:
@@ -56,15 +55,24 @@ def agree(
     nearest, wanted = cosines.to_nearest_above(score), expected.to_nearest_above(score)
     assert nearest.dtype == torch.float32
     torch.testing.assert_close(nearest, wanted, rtol=0, atol=close)
-    stays = highest(score, math.ceil(0.6 * x.shape[1]))
-    found, position = cosines.nearest_kept(stays), expected.nearest_kept(stays)
-    assert stays.gather(1, found).all()
-    if same:
-        assert torch.equal(found, position)
-    # Another choice is as near, up to rounding.
-    matrix = expected.matrix
-    chosen = matrix.gather(2, found.unsqueeze(2)) - matrix.gather(2, position.unsqueeze(2))
-    assert (chosen.abs() <= close).all()
+    split = keep_highest(score, math.ceil(0.6 * x.shape[1]))
+    # Of the matrix that there is by now, and of one that was never asked for.
+    for asked in (cosines, implementation.Cosines(x)):  # type: ignore[attr-defined]
+        found, position = (c.nearest(split.removed, split.kept) for c in (asked, expected))
+        assert found.shape == split.removed.shape
+        assert found.dtype == torch.int64
+        if same:
+            assert torch.equal(found, position)
+        # Another choice is as near, up to rounding.
+        cosine = _between(expected.matrix, split)
+        chosen = cosine.gather(2, found.unsqueeze(2)) - cosine.gather(2, position.unsqueeze(2))
+        assert (chosen.abs() <= close).all()
+
+
+def _between(matrix: Tensor, split: Partition) -> Tensor:
+    """`[B, R, K]` of the tokens that leave with those that stay."""
+    images = zip(matrix, split.removed, split.kept, strict=True)
+    return torch.stack([m[i][:, j] for m, i, j in images])
 
 
 @FAST
@@ -102,8 +110,8 @@ def test_equal_tokens_have_the_first_one_above_them(
     x, score = exact((1, 40, 64), 1, place), torch.full((1, 40), 0.5, device=place)
     cosines = implementation.Cosines(x)  # type: ignore[attr-defined]
     assert cosines.to_nearest_above(score)[0].tolist() == [-1.0] + [1.0] * 39
-    stays = torch.arange(40, device=place).unsqueeze(0) >= 38
-    assert cosines.nearest_kept(stays)[0].tolist() == [38] * 39 + [39]
+    position = torch.arange(40, device=place).unsqueeze(0)
+    assert cosines.nearest(position[:, :38], position[:, 38:])[0].tolist() == [0] * 38
 
 
 @FAST
@@ -125,7 +133,7 @@ def test_zero_tokens_resemble_nothing(implementation: object, place: torch.devic
     cosines = implementation.Cosines(x)  # type: ignore[attr-defined]
     score = torch.tensor([[3.0, 2.0, 1.0]], device=place)
     assert cosines.to_nearest_above(score).tolist() == [[-1.0, 0.0, 0.0]]
-    assert cosines.nearest_kept(score > 1.5).tolist() == [[0, 1, 0]]
+    assert cosines.nearest(*torch.tensor([[[2]], [[0]]], device=place)).tolist() == [[0]]
 
 
 @FAST
@@ -140,5 +148,6 @@ def test_no_gradient_flows_and_none_is_recorded(
 @pytest.mark.slow
 def test_torch_finds_nothing_wrong_with_the_operator(place: torch.device) -> None:
     x, score = torch.randn(2, 5, 16, device=place), torch.rand(2, 5, device=place)
-    arguments = (x, x.norm(dim=2).reciprocal(), score, score)
-    torch.library.opcheck(torch.ops.mergence.nearest.default, arguments)
+    scale, of = x.norm(dim=2).reciprocal(), torch.tensor([[0, 3], [1, 2]], device=place)
+    torch.library.opcheck(torch.ops.mergence.nearest_above.default, (x, scale, score))
+    torch.library.opcheck(torch.ops.mergence.nearest.default, (x, scale, of, of.flip(0)))

@@ -13,18 +13,24 @@ CODE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mergence.ops import kernels
+from mergence.ops.kernels import attention, cosines, merging, splitting
 
 SHARED = 64 * 1024  # bytes for one program on a T4
+OF_TOKENS = ("x", "merged", "q", "k", "v", "bias")
 POINTERS = {"size": "fp32", "slot": "i64", "weight": "fp32", "merged_size": "fp32",
-            "scale": "fp32", "score": "fp32", "bound": "fp32", "cosine": "fp32", "position": "i64"}
+            "cosine": "fp32", "score": "fp32", "order": "i64", "place": "i64",
+            "of": "i64", "among": "i64", "found": "i64"}
 
 def compile(kernel, dtype, warps, **constants):
     def type_of(name):
         if name in constants:
             return "constexpr"
-        if name in ("x", "merged"):
+        if name in OF_TOKENS or (name == "out" and kernel is attention._attend):
             return "*" + dtype
+        if name == "scale":  # of every token, or of all logits
+            return "*fp32" if "x" in kernel.arg_names else "fp32"
+        if name == "out":
+            return "*fp32"
         return "*" + POINTERS[name] if name in POINTERS else "i32"
     source = ASTSource(kernel, {n: type_of(n) for n in kernel.arg_names}, constants)
     for capability in (80, 90):
@@ -33,10 +39,22 @@ def compile(kernel, dtype, warps, **constants):
         assert done.asm["cubin"] and done.metadata.shared <= SHARED, (kernel, dtype, capability)
 
 for dtype in ("bf16", "fp16", "fp32"):
-    compile(kernels._merge, dtype, 1, LENGTH=256, WIDTH=512, KEEP_NORM=True)
-    compile(kernels._merge, dtype, 4, LENGTH=2048, WIDTH=2048, KEEP_NORM=False)
+    compile(merging._merge, dtype, 1, LENGTH=256, WIDTH=512, KEEP_NORM=True)
+    compile(merging._merge, dtype, 4, LENGTH=2048, WIDTH=2048, KEEP_NORM=False)
     step = 32 if dtype == "fp32" else 64
-    compile(kernels._nearest, dtype, 4, BLOCK=64, STEP=step, INTERPRETED=False)
+    tile = {"ROWS": 64, "COLUMNS": 128, "INTERPRETED": False}
+    compile(cosines._scales, dtype, 4, ROWS=8, WIDTH=2048)
+    compile(cosines._nearest_above, dtype, 4, STEP=step, **tile)
+    compile(cosines._nearest, dtype, 4, STEP=step, **tile)
+    if dtype != "fp32":
+        for dim in (64, 80):
+            tile["COLUMNS"], width = 32, 64 if dim == 64 else 128
+            compile(attention._attend, dtype, 4, DIM=dim, WIDTH=width, **tile)
+    for length, chunk in ((256, 64), (2048, 16)):
+        compile(
+            attention._attention_of_row, dtype, 8, BIASED=True, LENGTH=length, CHUNK=chunk
+        )
+compile(splitting._split, "fp32", 4, LENGTH=2048)
 print("compiled")
 """
 

@@ -18,7 +18,7 @@ class CoarseStem:
 
     def forward(self: Any, image: Tensor) -> Tensor:
         """The convolution's forward; what it found of the image at half size is in the run."""
-        dense: Any = super()
+        dense: Any = super(CoarseStem, self)
         program: Program = self._mergence
         y: Tensor = dense.forward(image)
         program.read(image, y, dense.forward, self.stride)
@@ -30,7 +30,7 @@ class CoarseTokens:
 
     def forward(self: Any, *inputs: Any, **options: Any) -> Tensor:
         """The module's forward, after which the patches that are read coarsely have joined."""
-        dense: Any = super()
+        dense: Any = super(CoarseTokens, self)
         program: Program = self._mergence
         return program.coarsened(dense.forward(*inputs, **options))
 

@@ -78,7 +78,7 @@ def reduced_unbiased(
     restated: Callable[[Any, Tensor, Tensor | None, Reduce], Tensor],
     scale: float,
 ) -> Tensor:
-    """`reduced_forward` of a block whose library has no way in for a bias on the keys.
+    """`reduced_forward` of a block whose library has no way in, or a slow one, for a key bias.
 
     Args:
         block: The block.

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from mergence import ops
+
 
 def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`nn.MultiheadAttention` of `x` with itself, restated because it does not give out q and k.
@@ -31,7 +33,7 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
         for part in packed.chunk(3, dim=-1)
     )
     dropout = attn.dropout if attn.training else 0.0
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    y = ops.attend(q, k, v, bias, dropout)
     y = y.permute(2, 0, 1, 3).contiguous().view(tokens * batch, width)
     y = F.linear(y, attn.out_proj.weight, attn.out_proj.bias)
     return y.view(tokens, batch, width).transpose(0, 1), q, k

@@ -90,7 +90,7 @@ class ReducedBlock:
     ) -> Tensor:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
-        dense: Any = super()
+        dense: Any = super(ReducedBlock, self)
         if step.program.run.disabled:
             y: Tensor = dense.forward(hidden_states, attention_mask, **options)
             return y
@@ -161,7 +161,7 @@ class ReducedVideoBlock:
     def forward(self: Any, hidden_states: Tensor, **options: Any) -> Tensor:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
-        dense: Any = super()
+        dense: Any = super(ReducedVideoBlock, self)
         if step.program.run.disabled:
             y: Tensor = dense.forward(hidden_states, **options)
             return y

@@ -59,7 +59,7 @@ class ReducedBlock:
     ) -> Tensor:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
-        dense: Any = super()
+        dense: Any = super(ReducedBlock, self)
         if step.program.run.disabled:
             y: Tensor = dense.forward(q_x, k_x, v_x, attn_mask)
             return y
@@ -72,7 +72,7 @@ class ReducedTower:
 
     def forward(self: Any, x: Tensor) -> Any:
         """The tower's forward, as one run."""
-        dense: Any = super()
+        dense: Any = super(ReducedTower, self)
         with _run(self, x):
             return dense.forward(x)
 
@@ -87,7 +87,7 @@ class ReducedTower:
         output_extra_tokens: bool = False,
     ) -> Any:
         """The tower's intermediates with a value for every patch, by `mergence.restore`."""
-        dense: Any = super()
+        dense: Any = super(ReducedTower, self)
         grid = output_fmt == "NCHW"
         with _run(self, x) as run:
             found = dense.forward_intermediates(
@@ -107,7 +107,7 @@ class ReducedTower:
         return found
 
     def _global_pool(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        dense: Any = super()
+        dense: Any = super(ReducedTower, self)
         size = _size(self._mergence)
         # After attention pooling the tokens are its queries and have no sizes.
         if size is None or self.pool_type != "avg" or self.attn_pool is not None:
@@ -121,7 +121,7 @@ class ReducedPool:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """The pooling, in which a merged token counts as often as the patches in it."""
-        dense: Any = super()
+        dense: Any = super(ReducedPool, self)
         size = _size(self._mergence)
         if size is None:
             y: Tensor = dense.forward(x)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mergence import ops
 from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.families._coarse import CoarseStem, can_read_coarsely
 from mergence.families._common import (
@@ -19,7 +20,7 @@ from mergence.families._common import (
     linear_macs,
     mean_by_size,
     randomised,
-    reduced_forward,
+    reduced_unbiased,
     refuse_mask,
     require_class,
 )
@@ -58,7 +59,7 @@ def attend(
     batch, _, tokens, _ = q.shape
     if attn.fused_attn:
         dropout = attn.attn_drop.p if attn.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        y = ops.attend(q, k, v, bias, dropout)
     else:
         logits = (q * attn.scale) @ k.transpose(-2, -1)
         y = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ v
@@ -85,18 +86,12 @@ class ReducedBlock:
     ) -> Tensor:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
-        dense: Any = super()
+        dense: Any = super(ReducedBlock, self)
         if step.program.run.disabled:
             y: Tensor = dense.forward(x, attn_mask=attn_mask, is_causal=is_causal)
             return y
         refuse_mask(attn_mask is not None or is_causal)
-        return reduced_forward(
-            self,
-            x,
-            lambda x, known: dense.forward(x, attn_mask=known.bias),
-            lambda x, known, reduce: block_forward(self, x, known.bias, reduce),
-            self.attn.scale,
-        )
+        return reduced_unbiased(self, x, dense.forward, block_forward, self.attn.scale)
 
 
 class ReducedTrunk:
@@ -114,14 +109,14 @@ class ReducedTrunk:
 
     def forward(self: Any, x: Tensor, *masks: Any, **options: Any) -> Tensor:
         """The model's forward, as one run. The blocks refuse masks."""
-        dense: Any = super()
+        dense: Any = super(ReducedTrunk, self)
         with self._mergence_run(x):
             y: Tensor = dense.forward(x, *masks, **options)
             return y
 
     def forward_features(self: Any, x: Tensor, *masks: Any, **options: Any) -> Tensor:
         """The model's features, reduced; they remember their sizes for `forward_head`."""
-        dense: Any = super()
+        dense: Any = super(ReducedTrunk, self)
         with self._mergence_run(x) as run:
             y: Tensor = dense.forward_features(x, *masks, **options)
             attach(y, run.known())
@@ -142,7 +137,7 @@ class ReducedTrunk:
 
         The final features that come with them are reduced, as those of `forward_features`.
         """
-        dense: Any = super()
+        dense: Any = super(ReducedTrunk, self)
         how = (indices, return_prefix_tokens, norm, stop_early)
         if self._mergence.run.disabled:
             return dense.forward_intermediates(x, *how, output_fmt, intermediates_only, **options)
@@ -174,7 +169,7 @@ class ReducedModel(ReducedTrunk):
 
     def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
         """The model's pooling, in which a merged token counts as often as the patches in it."""
-        dense: Any = super()
+        dense: Any = super(ReducedModel, self)
         kind = self.global_pool if pool_type is None else pool_type
         size = sizes_to_pool(self, x, self.attn_pool is not None or kind in ("avg", "avgmax"))
         if size is None:
@@ -228,7 +223,7 @@ class ReducedViT(ReducedModel):
 
     def _pos_embed(self: Any, x: Tensor) -> Any:
         """The tokens with their positions, some of them read coarsely."""
-        dense: Any = super()
+        dense: Any = super(ReducedViT, self)
         return self._mergence.coarsened(dense._pos_embed(x), self.patch_embed.norm)
 
 

@@ -103,7 +103,7 @@ class ReducedBeitBlock:
     def forward(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
-        dense: Any = super()
+        dense: Any = super(ReducedBeitBlock, self)
         if step.program.run.disabled:
             y: Tensor = dense.forward(x, shared_rel_pos_bias)
             return y
@@ -125,7 +125,7 @@ class ReducedBeit(ReducedTrunk):
 
     def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The model's head, which averages a merged token as often as there are patches in it."""
-        dense: Any = super()
+        dense: Any = super(ReducedBeit, self)
         size = sizes_to_pool(self, x, self.global_pool == "avg")
         if size is None:
             y: Tensor = dense.forward_head(x, pre_logits)

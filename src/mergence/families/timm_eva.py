@@ -108,7 +108,7 @@ class ReducedEvaBlock:
     ) -> Tensor:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
-        dense: Any = super()
+        dense: Any = super(ReducedEvaBlock, self)
         if step.program.run.disabled:
             y: Tensor = dense.forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
             return y

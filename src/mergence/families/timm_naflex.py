@@ -64,7 +64,7 @@ class ReducedNaFlex(ReducedTrunk):
         self: Any, x: Tensor, pool_type: str | None = None, patch_valid: Tensor | None = None
     ) -> Tensor:
         """The model's pooling, in which a merged token counts as often as the patches in it."""
-        dense: Any = super()
+        dense: Any = super(ReducedNaFlex, self)
         kind = self.global_pool if pool_type is None else pool_type
         size = sizes_to_pool(self, x, self.attn_pool is not None or kind in ("avg", "avgmax"))
         if size is None:

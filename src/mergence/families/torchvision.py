@@ -41,7 +41,7 @@ class ReducedBlock:
     def forward(self: Any, input: Tensor) -> Tensor:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
-        dense: Any = super()
+        dense: Any = super(ReducedBlock, self)
         if step.program.run.disabled:
             y: Tensor = dense.forward(input)
             return y
@@ -55,7 +55,7 @@ class ReducedModel:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """The model's forward, as one run."""
-        dense: Any = super()
+        dense: Any = super(ReducedModel, self)
         program: Program = self._mergence
         grid = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
         with program.run.forward(grid):

@@ -40,7 +40,7 @@ class ReducedTower:
 
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
         """The tower's forward, as one run."""
-        dense: Any = super()
+        dense: Any = super(ReducedTower, self)
         program: Program = self._mergence
         run = program.run
         image = inputs[0] if inputs else options.get(self.main_input_name)
@@ -99,7 +99,7 @@ class ReducedEmbeddings:
 
     def forward(self: Any, *inputs: Any, **options: Any) -> Tensor:
         """The embeddings' forward, after which the patches that are read coarsely have joined."""
-        dense: Any = super()
+        dense: Any = super(ReducedEmbeddings, self)
         program: Program = self._mergence
         y = dense.forward(*inputs, **options)
         if program.run.readings is not None and options.get("bool_masked_pos") is not None:
@@ -116,7 +116,7 @@ class ReducedHead:
 
     def forward(self: Any, hidden_state: Tensor) -> Tensor:
         """The head's forward, in which a merged token counts as often as the patches in it."""
-        dense: Any = super()
+        dense: Any = super(ReducedHead, self)
         program: Program = self._mergence
         run = program.run
         known = run.known() if run.active else None
@@ -147,7 +147,7 @@ class AveragingContainer:
 
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
         """The model's forward, in which the tower gives its tokens out times their sizes."""
-        dense: Any = super()
+        dense: Any = super(AveragingContainer, self)
         run: Run = self._mergence.run
         with run.averaging():
             return dense.forward(*inputs, **options)

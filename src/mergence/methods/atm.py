@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from mergence.method import BipartiteMethod, check_range, register
-from mergence.plan import MergePlan, TokenView, alternate, best_pairs, join, rows
+from mergence.plan import MergePlan, TokenView, rows
+from mergence.planning import alternate, best_pairs, join
 from mergence.schedule import Constant, Schedule
 
 

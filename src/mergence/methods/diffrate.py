@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from mergence.method import Method, check_range, register
-from mergence.plan import DROPPED, MergePlan, TokenView, keep_highest, rows
+from mergence.plan import DROPPED, MergePlan, TokenView, rows
+from mergence.planning import keep_highest
 from mergence.schedule import Constant, Schedule
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 
 from mergence.method import Method, register
-from mergence.plan import MergePlan, TokenView, keep_highest
+from mergence.plan import MergePlan, TokenView
+from mergence.planning import keep_highest
 from mergence.schedule import KeepRate, Schedule
 
 

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from mergence.method import Method, check_range, register
-from mergence.plan import MergePlan, TokenView, alternate, best_pairs, compose, join
+from mergence.plan import MergePlan, TokenView, compose
+from mergence.planning import alternate, best_pairs, join
 from mergence.schedule import KeepRate, Schedule
 
 

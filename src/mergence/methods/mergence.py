@@ -10,7 +10,8 @@ import torch
 
 from mergence import ops
 from mergence.method import Method, check_range, register
-from mergence.plan import MergePlan, TokenView, highest, join
+from mergence.plan import MergePlan, TokenView
+from mergence.planning import keep_highest
 from mergence.schedule import Ramp, Schedule
 
 
@@ -55,8 +56,9 @@ class Mergence(Method):
         cosines = ops.cosines(tokens.x)
         redundancy = cosines.to_nearest_above(importance)
         cost = self.alpha * importance.log() + torch.log(1 + self.epsilon - redundancy)
-        moves = cosines.nearest_kept(highest(cost, slots))
-        return join(moves, tokens.size, slots, keep_norm=True)
+        split = keep_highest(cost, slots)
+        nearest = cosines.nearest(split.removed, split.kept)
+        return split.plan(nearest, tokens.size, keep_norm=True)
 
     def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:
         """One similarity between all tokens."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.nn import functional as F
-
 from mergence.method import Learned, Method, check_flag, register
 from mergence.multiscale import MultiScaleFusion
-from mergence.plan import MergePlan, TokenView, keep_highest
+from mergence.plan import MergePlan, TokenView
+from mergence.planning import keep_highest
 from mergence.schedule import KeepRate, Schedule
 
 
@@ -39,7 +38,7 @@ class Mstm(Method):
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
         """See `Method.plan`."""
         crucial = keep_highest(tokens.importance, slots)
-        return crucial.merge_to_nearest(F.normalize(tokens.x, dim=2), tokens.size)
+        return crucial.merge_to_nearest(tokens.x, tokens.size)
 
     def plan_macs(self, tokens: int, slots: int, dim: int, head_dim: int) -> int:
         """Similarity between non-crucial and crucial tokens."""

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch.nn import functional as F
 
 from mergence.method import BipartiteMethod, register
-from mergence.plan import MergePlan, TokenView, best_pairs, join, rows
+from mergence.plan import MergePlan, TokenView, rows
+from mergence.planning import best_pairs, join
 from mergence.schedule import KeepRate, Schedule
 
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 
 from mergence.method import BipartiteMethod, check_range, register
-from mergence.plan import DROPPED, MergePlan, TokenView, join, most_similar_pairs
+from mergence.plan import DROPPED, MergePlan, TokenView
+from mergence.planning import join, most_similar_pairs
 from mergence.schedule import Constant, Schedule
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mergence.method import BipartiteMethod, register
-from mergence.plan import MergePlan, TokenView, join, most_similar_pairs
+from mergence.plan import MergePlan, TokenView
+from mergence.planning import join, most_similar_pairs
 from mergence.schedule import Constant, Schedule
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 
 from mergence.method import BipartiteMethod, register
-from mergence.plan import MergePlan, TokenView, join, most_similar_pairs
+from mergence.plan import MergePlan, TokenView
+from mergence.planning import join, most_similar_pairs
 from mergence.schedule import Constant, Schedule
 
 

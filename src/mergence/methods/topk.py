@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mergence.method import Method, register
-from mergence.plan import MergePlan, TokenView, keep_highest
+from mergence.plan import MergePlan, TokenView
+from mergence.planning import keep_highest
 from mergence.schedule import KeepRate, Schedule
 
 

@@ -1,4 +1,6 @@
-"""The operators behind every plan: which tokens resemble each other, and the merge itself.
+"""The operators behind every plan: which tokens stay and what they resemble, and the merge itself.
+
+Around them the attention that knows how many patches a token stands for, and one row of it.
 
 Each has three implementations that agree: `cpu`; `fused`, Triton kernels for CUDA; and `dense`,
 without scatter, for exported graphs and for other devices. Nobody outside of this package knows
@@ -16,7 +18,7 @@ from torch import Tensor
 from mergence.ops import cpu, dense, fused
 from mergence.plan import MergePlan
 
-__all__ = ["Cosines", "cosines", "merge"]
+__all__ = ["Cosines", "attend", "attention_of_row", "cosines", "merge", "split"]
 
 Cosines = dense.Cosines | cpu.Cosines | fused.Cosines
 
@@ -55,9 +57,63 @@ def cosines(x: Tensor) -> Cosines:
     return found
 
 
+def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Split tokens by score.
+
+    Args:
+        score: `[B, N]`. NaN counts as the lowest; among equals the first stay. No gradient flows.
+        kept: How many stay, 0 to N: those of the highest score.
+
+    Returns:
+        Two permutations, `[B, N]` int64: the positions of the tokens that stay and then of those
+        that leave, both in raster order; and its inverse, the place of each token among these.
+    """
+    parts: tuple[Tensor, Tensor] = _implementation(score).split(score, kept)
+    return parts
+
+
+def attention_of_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Attention of one query to all keys: one row of the map, never the map.
+
+    Args:
+        q: `[B, H, 1, D]`.
+        k: `[B, H, N, D]`.
+        scale: Factor on the logits, usually `D ** -0.5`.
+        bias: Added to the logits, `[B, 1, 1, N]` or what else is broadcast to `[B, H, 1, N]`.
+
+    Returns:
+        `[B, H, N]` float32; each row sums to 1.
+    """
+    row: Tensor = _implementation(k).attention_of_row(q, k, scale, bias)
+    return row
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """`F.scaled_dot_product_attention` with a bias on the logits.
+
+    Torch's kernels for CUDA read a mask of a number for each pair of tokens, even where all rows of
+    it are the same; the one here takes a number for each key.
+
+    Args:
+        q: `[B, H, N, D]`.
+        k: The same shape.
+        v: The same shape.
+        bias: Added to the logits, `[B, 1, 1, N]` or what else is broadcast to `[B, H, N, N]`.
+        dropout: Probability that a weight is left out.
+
+    Returns:
+        `[B, H, N, D]`.
+    """
+    y: Tensor = _implementation(q).attend(q, k, v, bias, dropout)
+    return y
+
+
 def _implementation(x: Tensor) -> ModuleType:
     # An exported graph must run where there is no mergence and no Triton.
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or torch.compiler.is_exporting():
         return dense
     if _TRITON and x.is_cuda and x.dtype in fused.DTYPES:
         return fused

@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergence.ops import dense
+from mergence.ops.dense import attend, attention_of_row
 from mergence.plan import MergePlan
+
+__all__ = ["Cosines", "attend", "attention_of_row", "merge", "split"]
 
 
 def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
@@ -44,6 +47,15 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
     return merged[:, :-1].to(x.dtype), merged_size[:, :-1]
 
 
+def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Split tokens by score; see `mergence.ops.split`."""
+    score = torch.nan_to_num(score.detach(), nan=float("-inf"))
+    ranked = score.argsort(dim=1, descending=True, stable=True)
+    order = torch.cat((ranked[:, :kept].sort(1).values, ranked[:, kept:].sort(1).values), dim=1)
+    position = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return order, torch.empty_like(order).scatter_(1, order, position)
+
+
 class Cosines(dense.Cosines):
     """The same, from differences of ranks instead of comparisons of scores."""
 
@@ -54,4 +66,4 @@ class Cosines(dense.Cosines):
         rank = 4.0 * score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         # 0 where the other token is above, and -4 elsewhere.
         behind = ((rank - 4).unsqueeze(2) - rank.unsqueeze(1)).clamp_(-4, 0)
-        return behind.add_(self._matrix).amax(dim=2).clamp(-1, 1)
+        return behind.add_(self._all()).amax(dim=2).clamp(-1, 1)

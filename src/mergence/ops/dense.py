@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mergence.plan import MergePlan
+from mergence.plan import MergePlan, rows
 
 
 def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
@@ -47,8 +47,14 @@ class Cosines:
     """The cosines between all tokens, as one matrix; see `mergence.ops.cosines`."""
 
     def __init__(self, x: Tensor) -> None:
-        metric = F.normalize(x.detach(), dim=2)
-        self._matrix = (metric @ metric.transpose(1, 2)).float()
+        x = x.detach()
+        self._metric = (x / norms(x).unsqueeze(2)).to(x.dtype)
+        self._matrix: Tensor | None = None
+
+    def _all(self) -> Tensor:
+        if self._matrix is None:
+            self._matrix = (self._metric @ self._metric.transpose(1, 2)).float()
+        return self._matrix
 
     def to_nearest_above(self, score: Tensor) -> Tensor:
         """The cosine of each token to the nearest one of higher score.
@@ -67,18 +73,58 @@ class Cosines:
         position = torch.arange(score.shape[1], device=score.device)
         # Not by a stable sort, which ONNX does not have.
         above = (other > own) | ((other == own) & (position < position.unsqueeze(1)))
-        candidates = above.float().sub_(1).mul_(4).add_(self._matrix)
+        candidates = above.float().sub_(1).mul_(4).add_(self._all())
         return candidates.amax(dim=2).clamp(-1, 1)
 
-    def nearest_kept(self, stays: Tensor) -> Tensor:
-        """The token that each one resembles most among those that stay.
+    def nearest(self, of: Tensor, among: Tensor) -> Tensor:
+        """The nearest of some tokens to each of others.
 
         Args:
-            stays: `[B, N]` bool, at least one in each row.
+            of: `[B, R]` positions of the others.
+            among: `[B, K]` positions of those to choose from, K at least 1.
 
         Returns:
-            `[B, N]` int64 positions, its own for a token that stays; the first among equals.
+            `[B, R]` int64 indices into `among`; the first of those that are equally near.
         """
-        position = torch.arange(stays.shape[1], device=stays.device)
-        nearest = (self._matrix - torch.where(stays, 0.0, 4.0).unsqueeze(1)).max(dim=2).indices
-        return torch.where(stays, position, nearest)
+        if self._matrix is None:
+            cosine = rows(self._metric, of) @ rows(self._metric, among).transpose(1, 2)
+        else:
+            cosine = rows(self._matrix, of)
+            cosine = cosine.gather(2, among.unsqueeze(1).expand(-1, of.shape[1], -1))
+        return cosine.max(dim=2).indices
+
+
+def norms(x: Tensor) -> Tensor:
+    """The norm of each token, `[B, N]` float32 or more, as something to divide by."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=2, dtype=exact)
+    return norm.clamp(min=1e-12)
+
+
+def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Split tokens by score; see `mergence.ops.split`."""
+    score = torch.nan_to_num(score.detach(), nan=float("-inf"))
+    # By the lowest score that stays, not by the indices of top-k: among equals these differ from
+    # device to device.
+    least = score.topk(max(kept, 1), dim=1).values[:, -1:]
+    over, equal = score > least, score == least
+    left = kept - over.sum(dim=1, keepdim=True)
+    stays = over | (equal & (equal.cumsum(dim=1) <= left))
+    position = torch.arange(score.shape[1], device=score.device)
+    rank = stays.cumsum(dim=1)
+    place = torch.where(stays, rank - 1, kept + position - rank)
+    # By argsort: a gather instead of a scatter, which exporters like.
+    return place.argsort(dim=1), place
+
+
+def attention_of_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Attention of one query to all keys; see `mergence.ops.attention_of_row`."""
+    logits = (q @ k.transpose(-2, -1)).float() * scale
+    if bias is not None:
+        logits = logits + bias
+    return logits.softmax(dim=-1).squeeze(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """Attention with a bias; see `mergence.ops.attend`."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)

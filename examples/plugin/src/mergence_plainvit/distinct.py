@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mergence import KeepRate, MergePlan, Method, TokenView, register
 from mergence.method import check_range
-from mergence.plan import keep_highest
+from mergence.planning import keep_highest
 
 
 @register("distinct")

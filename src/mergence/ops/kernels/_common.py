@@ -1,0 +1,28 @@
+"""What several kernels share."""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, which keeps bfloat16 as integers and would multiply
+those."""
+
+
+def rowwise(x: Tensor) -> Tensor:
+    """The tensor with its last dimension next to each other, as kernels read it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def product(a: tl.tensor, b: tl.tensor, total: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """Add the matrix product of two blocks to a float32 block."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")

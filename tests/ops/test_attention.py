@@ -1,0 +1,112 @@
+"""Attention with a bias on the keys, and one row of it, against the whole map in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergence.ops import dense, fused
+
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+# batch, heads, tokens, head dim
+SHAPES = [(1, 1, 2, 16), (2, 3, 33, 64), (1, 2, 70, 80), (1, 1, 130, 128), (1, 2, 65, 24)]
+
+
+def packed(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, place: torch.device
+) -> tuple[Tensor, ...]:
+    """Queries, keys and values as they come out of one projection."""
+    batch, heads, tokens, dim = shape
+    qkv = torch.randn(batch, tokens, 3, heads, dim).to(dtype).to(place)
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def sizes(batch: int, tokens: int, dtype: torch.dtype, place: torch.device) -> Tensor:
+    bias = torch.randint(1, 40, (batch, tokens)).log()
+    bias[:, 0] = 0
+    return bias.to(dtype).to(place)[:, None, None, :]
+
+
+def whole_map(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    logits = q.double() @ k.double().transpose(2, 3) * q.shape[3] ** -0.5
+    return (logits if bias is None else logits + bias.double()).softmax(dim=3)
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    return float((value.double() - expected).norm() / expected.norm())
+
+
+@HALF
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_is_that_of_the_whole_map(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, place: torch.device
+) -> None:
+    q, k, v = packed(shape, dtype, place)
+    bias = sizes(shape[0], shape[2], dtype, place)
+    y = fused.attend(q, k, v, bias, 0.0)
+    assert y.shape == q.shape
+    assert y.dtype == dtype
+    assert y.transpose(1, 2).is_contiguous()  # heads come together without a copy
+    assert relative(y, whole_map(q, k, bias) @ v.double()) < CLOSE[dtype]
+
+
+@pytest.mark.slow
+def test_attention_over_many_tokens(place: torch.device) -> None:
+    q, k, v = packed((1, 1, 1370, 64), torch.bfloat16, place)
+    bias = sizes(1, 1370, torch.bfloat16, place)
+    y = fused.attend(q, k, v, bias, 0.0)
+    assert relative(y, whole_map(q, k, bias) @ v.double()) < 1e-2
+
+
+def test_keys_at_minus_infinity_have_no_weight(place: torch.device) -> None:
+    q, k, v = packed((1, 2, 140, 32), torch.float16, place)
+    bias = torch.zeros(1, 1, 1, 140, dtype=torch.float16, device=place)
+    bias[..., :70] = -torch.inf  # more than the first block of keys
+    expected = whole_map(q, k[:, :, 70:], None) @ v[:, :, 70:].double()
+    assert relative(fused.attend(q, k, v, bias, 0.0), expected) < CLOSE[torch.float16]
+
+
+def test_what_the_kernel_does_not_do_is_left_to_torch(place: torch.device) -> None:
+    q, k, v = packed((1, 2, 9, 16), torch.bfloat16, place)
+    bias, pairs = sizes(1, 9, torch.bfloat16, place), torch.randn(1, 2, 9, 9, device=place)
+    cases = [(q, None), (q, pairs.bfloat16()), (q.clone().requires_grad_(), bias)]
+    for query, added in cases:
+        expected = dense.attend(query, k, v, added, 0.0)
+        y = fused.attend(query, k, v, added, 0.0)
+        assert torch.equal(y, expected)
+        assert y.requires_grad == query.requires_grad
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1, 1500, 64)], ids=str)
+@pytest.mark.parametrize("implementation", [dense, fused], ids=["dense", "fused"])
+def test_a_row_is_that_of_the_whole_map(
+    implementation: object,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    place: torch.device,
+) -> None:
+    q, k, _ = packed(shape, dtype, place)
+    for bias in (None, sizes(shape[0], shape[2], dtype, place)):
+        arguments = q[:, :, 1:2], k, shape[3] ** -0.5, bias
+        row = implementation.attention_of_row(*arguments)  # type: ignore[attr-defined]
+        assert row.dtype == torch.float32
+        assert relative(row, whole_map(q, k, bias)[:, :, 1]) < CLOSE[dtype]
+
+
+def test_a_row_whose_gradient_is_wanted_has_one(place: torch.device) -> None:
+    q, k, _ = packed((1, 2, 9, 16), torch.float32, place)
+    row = fused.attention_of_row(q[:, :, :1].requires_grad_(), k, 0.25, None)
+    row[..., 0].sum().backward()
+    assert q.grad is None
+    assert row.requires_grad
+
+
+@pytest.mark.slow
+def test_torch_finds_nothing_wrong_with_the_operators(place: torch.device) -> None:
+    q, k, v = packed((1, 2, 9, 16), torch.float16, place)
+    bias = sizes(1, 9, torch.float16, place)
+    torch.library.opcheck(torch.ops.mergence.attend.default, (q, k, v, bias))
+    torch.library.opcheck(torch.ops.mergence.attention_of_row.default, (q[:, :, :1], k, bias, 0.25))
