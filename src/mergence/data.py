@@ -71,6 +71,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.names)
 
+    def pin_memory(self) -> Batch:
+        """The same in memory that a GPU copies from by itself; a DataLoader asks for it."""
+        labels = None if self.labels is None else self.labels.pin_memory()
+        return replace(self, images=self.images.pin_memory(), labels=labels)
+
 
 @dataclass(frozen=True)
 class ImageData(Dataset[Sample | Skipped]):

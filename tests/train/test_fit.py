@@ -156,6 +156,7 @@ WRONG = {
     "a share twice": ({"macs": [0.5, 0.5]}, "Two reductions have the same name"),
     "a share out of range": ({"macs": 1.5}, "above 0 and at most 1"),
     "an ignorant teacher": ({"scratch": True, "distill": 1}, "teacher self"),
+    "nothing to learn from": ({"label_loss": 0}, "Give distill 1"),
     "epochs that cannot be read": ({"reduce_epochs": "1:2"}, "reduce_epochs is '1:2'"),
     "a checkpoint from scratch": ({"scratch": True, "checkpoint": "x"}, "x"),
 }

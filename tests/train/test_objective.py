@@ -56,6 +56,7 @@ def test_each_part_is_what_its_source_says(
 ) -> None:
     x, soft = batch
     parts: dict[str, Any] = {"distill": 2.0, "temperature": 3.0, "consistency": 5.0}
+    parts["label_loss"] = 0.5
     settings = config(teacher=teacher, **parts)
     model, objective = made(settings)
     before = copy.deepcopy(model)
@@ -71,7 +72,7 @@ def test_each_part_is_what_its_source_says(
     kl = F.kl_div(
         (logits / 3).log_softmax(1), (wanted / 3).log_softmax(1), log_target=True, reduction="none"
     ).sum(1)
-    expected = F.cross_entropy(logits, soft, reduction="none") + 2 * 9 * kl
+    expected = 0.5 * F.cross_entropy(logits, soft, reduction="none") + 2 * 9 * kl
     expected = expected + 5 * sure * (token - wanted_token).square().mean(1)
     assert torch.allclose(objective(model, x, soft, FULL), expected, rtol=1e-4, atol=1e-5)
 

@@ -64,6 +64,9 @@ class Config:
         "Dense model to learn from: as before training (DynamicViT), or its own weights (MCTF).",
         "initial",
     )
+    label_loss: float = _option(
+        "Weight of the labels' loss; 0 learns from the teacher alone (Hinton et al.).", 1.0
+    )
     distill: float = _option("Weight of the divergence from the teacher's answer.", 0.0)
     temperature: float = _option("Temperature of that divergence.", 1.0)
     consistency: float = _option("Weight of the distance from the teacher's class token.", 0.0)
@@ -230,7 +233,10 @@ _RANGES = (
         (name, 1, _ANY)
         for name in ("log_every", "limit", "val_limit", "epoch_images", "shuffle_buffer")
     ),
-    *((name, 0.0, _ANY) for name in ("reduction_warmup", "distill", "consistency", "dense_loss")),
+    *(
+        (name, 0.0, _ANY)
+        for name in ("reduction_warmup", "label_loss", "distill", "consistency", "dense_loss")
+    ),
     ("temperature", 0.01, _ANY),
     ("crop_scale", 0.01, 1.0),
     ("layer_decay", 0.01, 1.0),

@@ -77,6 +77,7 @@ class Feed:
             batch_sampler=keys,
             num_workers=self.workers,
             collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
         )
         batches = iter(loader)
         for step in range(start, self.steps):

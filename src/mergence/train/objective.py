@@ -23,6 +23,10 @@ CONFIDENT = 0.4
 class Objective:
     """The loss of a batch, with the dense model as a teacher where the configuration asks for it.
 
+    `label_loss` times the cross entropy with the labels; 0 leaves everything to the teacher (Hinton
+    et al., arXiv 1503.02531). Few images that the model has seen in its training teach it little by
+    their labels and much by its own dense answers.
+
     The teacher is the dense model itself: either as it was before training, as DynamicViT (arXiv
     2106.02034) distils, or the same weights at this moment without reduction, as in MCTF (arXiv
     2403.10030). It adds
@@ -40,7 +44,7 @@ class Objective:
         reducer: What lets it follow a choice.
 
     Raises:
-        OptionError: The teacher would know nothing.
+        OptionError: There is nothing to learn from, or the teacher would know nothing.
         UnsupportedModelError: The model's class token cannot be found.
     """
 
@@ -48,6 +52,11 @@ class Objective:
         self.config = config
         self.reducer = reducer
         self.taught = bool(config.distill or config.consistency or config.dense_loss)
+        if not self.taught and not config.label_loss:
+            raise OptionError(
+                "Nothing is left to learn from: label_loss is 0, and so are distill, consistency "
+                "and dense_loss. Give distill 1 to learn from the dense model alone."
+            )
         self.own = config.teacher == "self" or bool(config.dense_loss)
         self.teacher: nn.Module | None = None
         if self.taught and not self.own:
@@ -81,7 +90,7 @@ class Objective:
         dense, dense_token = self._dense(model, x) if taught else (None, None)
         self.reducer.select(choice)
         logits = answer(model(x)).float()
-        loss = _cross_entropy(logits, soft)
+        loss = config.label_loss * _cross_entropy(logits, soft)
         if dense is None:
             return loss
         if config.dense_loss:

@@ -42,7 +42,9 @@ def tensors(batch: Batch, shape: tuple[int, ...], device: torch.device) -> tuple
     """
     if not batch or batch.labels is None:
         return torch.zeros(1, *shape, device=device), torch.zeros(1, device=device).long()
-    return batch.images.to(device), batch.labels.to(device)
+    # From pinned memory a GPU copies while it still computes the step before.
+    images, labels = (t.to(device, non_blocking=True) for t in (batch.images, batch.labels))
+    return images, labels
 
 
 @torch.no_grad()
