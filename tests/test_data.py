@@ -260,3 +260,12 @@ def test_synthetic_images_stand_for_any_data() -> None:
     assert torch.equal(everything(opened("synthetic:7"), batch_size=10)[0].images, batch.images)
     with pytest.raises(DataError, match="synthetic:N"):
         opened("synthetic:many")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU copies from pinned memory")
+def test_a_loader_pins_whole_batches() -> None:
+    batch = Batch(torch.zeros(2, 3), torch.tensor([1, 0]), ["a", "b"], []).pin_memory()
+    assert batch.images.is_pinned()
+    assert batch.labels is not None
+    assert batch.labels.is_pinned()
+    assert batch.names == ["a", "b"]

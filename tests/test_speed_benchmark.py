@@ -58,3 +58,15 @@ def test_without_results_nothing_is_written(
     with pytest.raises(SystemExit):
         runpy.run_path(str(HERE / "render.py"), run_name="__main__")
     assert "make one with run.py" in capsys.readouterr().err
+
+
+def test_operators_are_timed_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = "--batch-size 1 --tokens 12 --channels 32 --head-dim 16 --device cpu --rounds 2"
+    monkeypatch.setattr(sys, "argv", ["kernels.py", *sizes.split()])
+    runpy.run_path(str(HERE / "kernels.py"), run_name="__main__")
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["microseconds", "cpu", "dense"]
+    assert len(rows) == 8
+    assert all(float(row.split()[-1]) > 0 for row in rows)
