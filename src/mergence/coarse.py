@@ -66,8 +66,7 @@ def difference(fine: Tensor, half: Tensor, grid: tuple[int, int]) -> Tensor:
     inside = fine.reshape(batch, *grid, channels)[:, : rows * SIDE, : columns * SIDE]
     inside = inside.reshape(batch, rows, SIDE, columns, SIDE, channels)
     there = (half[:, :, None, :, None] - inside).flatten(3, 4).flatten(1, 2)
-    odd = grid[0] - rows * SIDE, grid[1] - columns * SIDE
-    return F.pad(there, (0, 0, 0, odd[1], 0, odd[0])).flatten(1, 2)
+    return _padded(there, grid).flatten(1, 2)
 
 
 def plan(change: Tensor, grid: tuple[int, int], regions: int) -> tuple[MergePlan, Tensor, Tensor]:
@@ -82,8 +81,8 @@ def plan(change: Tensor, grid: tuple[int, int], regions: int) -> tuple[MergePlan
         regions: How many regions become one token, at least 1.
 
     Returns:
-        The plan; which patches join others, `[B, N]` bool; and the loss by which each patch was
-        judged, `[B, N]` float32, positive.
+        The plan; which patches join others, `[B, N]` bool; and the logarithm of the loss by which
+        each region was judged, `[B, rows // 2, columns // 2]` float32.
     """
     rows, columns = (n // SIDE for n in grid)
     exact = torch.promote_types(change.dtype, torch.float32)
@@ -98,7 +97,7 @@ def plan(change: Tensor, grid: tuple[int, int], regions: int) -> tuple[MergePlan
     first = row // SIDE * SIDE * grid[1] + column // SIDE * SIDE
     moves = torch.where(chosen, first, position)
     slots = change.shape[1] - regions * (SIDE**2 - 1)
-    return join(moves, torch.ones_like(moves.float()), slots), chosen, spread(loss, grid).exp()
+    return join(moves, torch.ones_like(moves.float()), slots), chosen, loss
 
 
 def spread(regions: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -111,9 +110,15 @@ def spread(regions: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         `[B, N]`.
     """
-    full = regions.repeat_interleave(SIDE, dim=1).repeat_interleave(SIDE, dim=2)
-    odd = grid[0] - full.shape[1], grid[1] - full.shape[2]
-    return F.pad(full, (0, odd[1], 0, odd[0])).flatten(1)
+    each = regions[:, :, None, :, None].expand(-1, -1, SIDE, -1, SIDE)
+    full = each.flatten(3, 4).flatten(1, 2).unsqueeze(3)
+    return _padded(full, grid).flatten(1)
+
+
+def _padded(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`[B, rows, columns, C]` with zeros for the odd row and column that belong to no region."""
+    odd = grid[0] - x.shape[1], grid[1] - x.shape[2]
+    return F.pad(x, (0, 0, 0, odd[1], 0, odd[0])) if any(odd) else x
 
 
 def _distance(rows: int, columns: int, like: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ class Program:
             size = torch.ones(fine.shape[:2], device=x.device)
             x, run.carry = self.merged(x, size, Carry(fine.shape[1], run.grid), plan)
         if run.observer is not None:
-            run.observer.reduced(0, run.carry, plan, loss)
+            run.observer.reduced(0, run.carry, plan, coarse.spread(loss, run.grid).exp())
         return x
 
     def _coarse_regions(self, patches: int) -> int:
