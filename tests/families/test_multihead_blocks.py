@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
 from mergence.families import open_clip, torchvision
-from mergence.families._common import keep
 from mergence.families._multihead import scale_of
 
 KINDS: dict[str, Any] = {
@@ -21,6 +20,10 @@ KINDS: dict[str, Any] = {
     "open_clip": (open_clip, partial(ResidualAttentionBlock, 24, 3)),
     "open_clip layer scale": (open_clip, partial(ResidualAttentionBlock, 24, 3, ls_init_value=0.3)),
 }
+
+
+def keep(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return x
 
 
 @pytest.fixture(params=KINDS)

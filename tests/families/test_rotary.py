@@ -13,12 +13,15 @@ from torch import Tensor, nn
 import mergence
 from mergence import family
 from mergence.errors import ReducedOutputError, UnsupportedModelError
-from mergence.families._common import keep
 from mergence.families.timm_eva import FAMILY, block_forward
 from mergence.step import program_of
 
 KINDS = {f"timm_eva-{kind}": build for kind, build in FAMILY.tiny().items()}
 ROTARY = KINDS | {"transformers-dinov3": family.registry()["transformers"].tiny()["dinov3"]}
+
+
+def keep(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return x
 
 
 def lively(kind: str, **options: Any) -> Any:

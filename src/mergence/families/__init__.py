@@ -5,7 +5,6 @@ What is imported here helps to write a family, in this folder or in a package of
 
 from mergence.families._common import (
     Reduce,
-    keep,
     linear_macs,
     mean_by_size,
     randomised,
@@ -16,7 +15,6 @@ from mergence.families._common import (
 
 __all__ = [
     "Reduce",
-    "keep",
     "linear_macs",
     "mean_by_size",
     "randomised",

@@ -26,7 +26,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def reduced_forward(
     block: Any,
     x: Tensor,
-    dense: Callable[[Tensor, Carry], Tensor],
+    dense: Callable[[Tensor], Tensor],
     restated: Callable[[Tensor, Carry, Reduce], Tensor],
     scale: float,
 ) -> Tensor:
@@ -35,9 +35,10 @@ def reduced_forward(
     Args:
         block: The block, with its `BlockStep` attached.
         x: `[B, P + N, C]` prefix and patch tokens.
-        dense: The library's forward, from tokens and what is known about them (their size bias,
-            their places), for a block that removes none.
-        restated: The same restated, which calls `reduce(x, q, k)` between attention and MLP.
+        dense: The library's forward. It runs where the block removes no tokens and nothing is known
+            about those it gets that it has no way in for, no bias of their sizes and no places.
+        restated: The same restated, from tokens and what is known about them; it calls
+            `reduce(x, q, k)` between attention and MLP.
         scale: The factor on the attention's logits.
     """
     step: BlockStep = block._mergence
@@ -46,8 +47,9 @@ def reduced_forward(
     carry = step.enter(x)
     slots = step.slots(carry)
     # Only the restated forward has a place between attention and MLP for the clock.
-    if slots is None and run.clock is None:
-        y = dense(x, carry)
+    watched = run.clock is not None
+    if slots is None and carry.bias is None and carry.position is None and not watched:
+        y = dense(x)
         step.leave(y, carry)
         return y
     after = carry
@@ -64,37 +66,6 @@ def reduced_forward(
     run.lap("mlp")
     step.leave(y, after)
     return y
-
-
-def keep(x: Tensor, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
-    """The `Reduce` that changes nothing."""
-    return x
-
-
-def reduced_unbiased(
-    block: Any,
-    x: Tensor,
-    dense: Callable[[Tensor], Tensor],
-    restated: Callable[[Any, Tensor, Tensor | None, Reduce], Tensor],
-    scale: float,
-) -> Tensor:
-    """`reduced_forward` of a block whose library has no way in, or a slow one, for a key bias.
-
-    Args:
-        block: The block.
-        x: `[B, P + N, C]`.
-        dense: The library's forward; it runs as long as there is no bias.
-        restated: The same restated, from block, tokens, bias and `reduce`.
-        scale: The factor on the attention's logits.
-    """
-
-    def biased(x: Tensor, known: Carry, reduce: Reduce) -> Tensor:
-        return restated(block, x, known.bias, reduce)
-
-    def library(x: Tensor, known: Carry) -> Tensor:
-        return dense(x) if known.bias is None else biased(x, known, keep)
-
-    return reduced_forward(block, x, library, biased, scale)
 
 
 def refuse_mask(given: bool) -> None:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mergence.families._common import Reduce, reduced_forward, reduced_unbiased, refuse_mask
+from mergence import ops
+from mergence.families._common import Reduce, reduced_forward, refuse_mask
 from mergence.families._transformers import CLIP, DINO, VIDEO, VIT, Layout
 from mergence.state import Carry
 from mergence.step import BlockStep
@@ -43,12 +44,18 @@ def attention(
 def _attend(
     attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, **options: Any
 ) -> Tensor:
-    """The library's own product of queries, keys and values `[B, H, N, D]`, `[B, N, H D]`."""
+    """The library's own product of queries, keys and values `[B, H, N, D]`, `[B, N, H D]`.
+
+    Where that is torch's with a mask, it is the operator that takes a bias on the keys.
+    """
+    dropout = dropout if attn.training else 0.0
+    standard = scale_of(attn) == q.shape[3] ** -0.5
+    if bias is not None and attn.config._attn_implementation == "sdpa" and standard:
+        return ops.attend(q, k, v, bias, dropout).transpose(1, 2).flatten(2)
     home = sys.modules[type(attn).__module__]
     attend = home.ALL_ATTENTION_FUNCTIONS.get_interface(
         attn.config._attn_implementation, home.eager_attention_forward
     )
-    dropout = dropout if attn.training else 0.0
     y: Tensor = attend(attn, q, k, v, bias, dropout=dropout, scaling=scale_of(attn), **options)[0]
     return y.reshape(*y.shape[:2], -1).contiguous()
 
@@ -99,21 +106,18 @@ class ReducedBlock:
             refuse_mask(attention_mask is not None)
         layout = self._mergence_layout
 
-        rope = options.pop("position_embeddings", None)
-
         def placed(known: Carry) -> dict[str, Any]:
             """The options, with the rotations of the tokens that there are."""
-            if rope is None:
+            rope = options.get("position_embeddings")
+            if rope is None or known.position is None:
                 return options
-            if known.position is None:
-                return options | {"position_embeddings": rope}
             rows = tuple(table[known.position].unsqueeze(1) for table in rope)
             return options | {"position_embeddings": rows}
 
         return reduced_forward(
             self,
             hidden_states,
-            lambda x, known: dense.forward(x, known.bias, **placed(known)),
+            lambda x: dense.forward(x, None, **options),
             lambda x, known, reduce: block_forward(
                 self, layout, x, known.bias, reduce, **placed(known)
             ),
@@ -165,11 +169,11 @@ class ReducedVideoBlock:
         if step.program.run.disabled:
             y: Tensor = dense.forward(hidden_states, **options)
             return y
-        return reduced_unbiased(
+        return reduced_forward(
             self,
             hidden_states,
             lambda x: dense.forward(x, **options),
-            video_block_forward,
+            lambda x, known, reduce: video_block_forward(self, x, known.bias, reduce),
             scale_of(self.attention.attention),
         )
 

@@ -22,7 +22,7 @@ from mergence.families._common import (
     linear_macs,
     mean_by_size,
     randomised,
-    reduced_unbiased,
+    reduced_forward,
     refuse_mask,
     require_class,
 )
@@ -64,7 +64,13 @@ class ReducedBlock:
             y: Tensor = dense.forward(q_x, k_x, v_x, attn_mask)
             return y
         refuse_mask(attn_mask is not None)
-        return reduced_unbiased(self, q_x, dense.forward, block_forward, scale_of(self.attn))
+        return reduced_forward(
+            self,
+            q_x,
+            dense.forward,
+            lambda x, known, reduce: block_forward(self, x, known.bias, reduce),
+            scale_of(self.attn),
+        )
 
 
 class ReducedTower:

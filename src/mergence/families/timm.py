@@ -20,7 +20,7 @@ from mergence.families._common import (
     linear_macs,
     mean_by_size,
     randomised,
-    reduced_unbiased,
+    reduced_forward,
     refuse_mask,
     require_class,
 )
@@ -91,7 +91,13 @@ class ReducedBlock:
             y: Tensor = dense.forward(x, attn_mask=attn_mask, is_causal=is_causal)
             return y
         refuse_mask(attn_mask is not None or is_causal)
-        return reduced_unbiased(self, x, dense.forward, block_forward, self.attn.scale)
+        return reduced_forward(
+            self,
+            x,
+            dense.forward,
+            lambda x, known, reduce: block_forward(self, x, known.bias, reduce),
+            self.attn.scale,
+        )
 
 
 class ReducedTrunk:

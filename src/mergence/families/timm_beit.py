@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from mergence.families._common import Reduce, keep, linear_macs, mean_by_size, reduced_forward
+from mergence.families._common import Reduce, linear_macs, mean_by_size, reduced_forward
 from mergence.families.timm import ReducedTrunk, Timm, sizes_to_pool
 from mergence.families.timm_eva import packed_qkv
 from mergence.state import Carry
@@ -107,17 +107,13 @@ class ReducedBeitBlock:
         if step.program.run.disabled:
             y: Tensor = dense.forward(x, shared_rel_pos_bias)
             return y
-
-        def restated(x: Tensor, known: Carry, reduce: Reduce) -> Tensor:
-            return block_forward(self, x, shared_rel_pos_bias, known, reduce)
-
-        def library(x: Tensor, known: Carry) -> Tensor:
-            if known.size is not None:  # it has no way in for sizes, nor for other places
-                return restated(x, known, keep)
-            y: Tensor = dense.forward(x, shared_rel_pos_bias)
-            return y
-
-        return reduced_forward(self, x, library, restated, self.attn.scale)
+        return reduced_forward(
+            self,
+            x,
+            lambda x: dense.forward(x, shared_rel_pos_bias),
+            lambda x, known, reduce: block_forward(self, x, shared_rel_pos_bias, known, reduce),
+            self.attn.scale,
+        )
 
 
 class ReducedBeit(ReducedTrunk):

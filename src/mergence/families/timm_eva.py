@@ -116,7 +116,7 @@ class ReducedEvaBlock:
         return reduced_forward(
             self,
             x,
-            lambda x, known: dense.forward(x, rope=placed(rope, known), attn_mask=known.bias),
+            lambda x: dense.forward(x, rope=rope),
             lambda x, known, reduce: block_forward(
                 self, x, placed(rope, known), known.bias, reduce
             ),

@@ -16,7 +16,7 @@ from mergence.families._common import (
     Reduce,
     linear_macs,
     randomised,
-    reduced_unbiased,
+    reduced_forward,
     require_class,
 )
 from mergence.families._multihead import attention, scale_of
@@ -45,9 +45,13 @@ class ReducedBlock:
         if step.program.run.disabled:
             y: Tensor = dense.forward(input)
             return y
-
-        scale = scale_of(self.self_attention)
-        return reduced_unbiased(self, input, dense.forward, block_forward, scale)
+        return reduced_forward(
+            self,
+            input,
+            dense.forward,
+            lambda x, known, reduce: block_forward(self, x, known.bias, reduce),
+            scale_of(self.self_attention),
+        )
 
 
 class ReducedModel:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from mergence import ops
 from mergence.families import (
     Reduce,
-    keep,
     linear_macs,
     mean_by_size,
     randomised,
@@ -29,7 +28,7 @@ def block_forward(block: Any, x: Tensor, bias: Tensor | None, reduce: Reduce) ->
     a = block.attention
     packed = a.qkv(block.norm1(x))
     q, k, v = packed.unflatten(2, (3, a.heads, a.head_dim)).permute(2, 0, 3, 1, 4)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    y = ops.attend(q, k, v, bias)
     x = x + a.out(y.transpose(1, 2).flatten(2))
     x = reduce(x, q, k)
     z: Tensor = x + block.mlp(block.norm2(x))
@@ -41,7 +40,7 @@ class ReducedBlock:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """The block's forward, with fewer tokens after it where the schedule says so."""
-        dense: Any = super()
+        dense: Any = super(ReducedBlock, self)
         if self._mergence.program.run.disabled:
             y: Tensor = dense.forward(x)
             return y
@@ -49,12 +48,7 @@ class ReducedBlock:
         def restated(x: Tensor, known: Carry, reduce: Reduce) -> Tensor:
             return block_forward(self, x, known.bias, reduce)
 
-        def own(x: Tensor, known: Carry) -> Tensor:
-            # The block's own forward has no way in for a bias.
-            y: Tensor = dense.forward(x) if known.bias is None else restated(x, known, keep)
-            return y
-
-        return reduced_forward(self, x, own, restated, self.attention.head_dim**-0.5)
+        return reduced_forward(self, x, dense.forward, restated, self.attention.head_dim**-0.5)
 
 
 class ReducedModel:
@@ -62,7 +56,7 @@ class ReducedModel:
 
     def forward(self: Any, images: Tensor) -> Tensor:
         """The model's forward, as one run."""
-        dense: Any = super()
+        dense: Any = super(ReducedModel, self)
         grid = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         with self._mergence.run.forward(grid):
             y: Tensor = dense.forward(images)
@@ -70,7 +64,7 @@ class ReducedModel:
 
     def pool(self: Any, x: Tensor) -> Tensor:
         """The mean in which a merged token counts as often as the patches in it."""
-        dense: Any = super()
+        dense: Any = super(ReducedModel, self)
         known = self._mergence.run.known()
         if known is None or known.size is None:
             y: Tensor = dense.pool(x)
