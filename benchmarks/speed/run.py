@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def main() -> None:
                 task = bar.add_task(case.model, total=(len(modes) + 1) * len(case.batches))
                 table = bench(
                     loaded.model,
-                    dict(_recipes(arguments.align)),
+                    dict(_recipes(arguments.methods, arguments.align)),
                     input_size=loaded.input_size,
                     batches=case.batches,
                     dtypes=(dtype,),
@@ -116,9 +116,9 @@ def _write(result: dict[str, Any], out: Path) -> None:
     out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _recipes(align: int | None) -> Iterator[tuple[str, mergence.Recipe]]:
+def _recipes(methods: Sequence[str], align: int | None) -> Iterator[tuple[str, mergence.Recipe]]:
     for budget in BUDGETS:
-        for name in METHODS:
+        for name in methods:
             yield f"{name}@{budget:g}", make(name, macs=budget, align=align)
 
 
@@ -127,6 +127,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="*", help="only these models of the suite")
     parser.add_argument("--modes", nargs="*", help="only these modes of the suite")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="others than these")
     parser.add_argument("--align", type=int, help="token counts in multiples of this")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each setting, or longer")
     parser.add_argument("--rounds", type=int, default=7, help="turns in each setting at least")
