@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergence.devices import synchronise
+from mergence.benchmark import take_turns
 from mergence.ops import cpu, dense, fused
 from mergence.plan import MergePlan
 
 
+@torch.inference_mode()
 def main() -> None:
     """Time and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -63,24 +63,22 @@ def main() -> None:
         "nearest kept": lambda ops: ops.Cosines(x[:, 1:]).nearest(order[:, kept:], order[:, :kept]),
         "merge": lambda ops: ops.merge(x, size, plan, 1),
     }
-    names = [ops.__name__.rpartition(".")[2] for ops in (ours, dense)]
-    print(f"{'microseconds':24s}{names[0]:>12s}{names[1]:>12s}")
+    name_of_ours = ours.__name__.rpartition(".")[2]
+    print(f"{'microseconds':24s}{name_of_ours:>12s}{'dense':>12s}")
     for name, call in calls.items():
-        found = [_median(partial(call, ops), place, arguments.rounds) for ops in (ours, dense)]
-        print(f"{name:24s}{found[0]:12.1f}{found[1]:12.1f}")
-    print(f"{'copy of the tokens':24s}{_median(x.clone, place, arguments.rounds):12.1f}")
+        turns = {"dense": partial(_with, call, dense), name_of_ours: partial(_with, call, ours)}
+        times = take_turns(turns, x, 0.0, arguments.rounds)
+        print(f"{name:24s}{_median(times[name_of_ours]):12.1f}{_median(times['dense']):12.1f}")
+    copies = take_turns({"dense": torch.clone}, x, 0.0, arguments.rounds)["dense"]
+    print(f"{'copy of the tokens':24s}{_median(copies):12.1f}")
 
 
-@torch.inference_mode()
-def _median(call: Callable[[], Tensor], place: torch.device, rounds: int) -> float:
-    times = []
-    for _ in range(3 + rounds):
-        synchronise(place)
-        start = time.perf_counter()
-        call()
-        synchronise(place)
-        times.append(1e6 * (time.perf_counter() - start))
-    return statistics.median(times[3:])
+def _with(call: Callable[[Any], Any], operators: Any, _: Tensor) -> Any:
+    return call(operators)
+
+
+def _median(milliseconds: list[float]) -> float:
+    return 1000 * statistics.median(milliseconds)
 
 
 if __name__ == "__main__":

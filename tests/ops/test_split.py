@@ -20,11 +20,10 @@ def check(implementation: object, score: Tensor, kept: int) -> None:
     order, place = implementation.split(score, kept)  # type: ignore[attr-defined]
     assert order.dtype == place.dtype == torch.int64
     for values, found, at in zip(score.tolist(), order.tolist(), place.tolist(), strict=True):
-        by_score = sorted(range(len(values)), key=lambda n: (math.isnan(values[n]), -values[n]))
-        if any(map(math.isnan, values)):  # comparisons with NaN mislead a sort
-            numbers = [n for n in range(len(values)) if not math.isnan(values[n])]
-            rest = [n for n in range(len(values)) if math.isnan(values[n])]
-            by_score = sorted(numbers, key=lambda n: -values[n]) + rest
+        # NaN apart: comparisons with it mislead a sort.
+        numbers = [n for n in range(len(values)) if not math.isnan(values[n])]
+        rest = [n for n in range(len(values)) if math.isnan(values[n])]
+        by_score = sorted(numbers, key=lambda n: -values[n]) + rest
         assert found == sorted(by_score[:kept]) + sorted(by_score[kept:])
         assert [found[p] for p in at] == list(range(len(values)))
 

@@ -29,8 +29,8 @@ def nearest_above(x: Tensor, scale: Tensor, score: Tensor) -> Tensor:
     batch, tokens, channels = x.shape
     x, score = rowwise(x), score.contiguous()
     cosine = torch.empty_like(scale)
-    rows, columns = _tile(tokens, tokens)
-    _nearest_above[(triton.cdiv(tokens, rows), batch)](
+    tile = _tile(x, tokens, tokens)
+    _nearest_above[(triton.cdiv(tokens, tile["ROWS"]), batch)](
         x,
         scale,
         score,
@@ -39,12 +39,7 @@ def nearest_above(x: Tensor, scale: Tensor, score: Tensor) -> Tensor:
         channels,
         x.stride(0),
         x.stride(1),
-        ROWS=rows,
-        COLUMNS=columns,
-        STEP=_step(x),
-        INTERPRETED=INTERPRETED,
-        num_warps=4,
-        num_stages=3,
+        **tile,
     )
     return cosine
 
@@ -56,8 +51,8 @@ def nearest(x: Tensor, scale: Tensor, of: Tensor, among: Tensor) -> Tensor:
     found = torch.empty_like(of, memory_format=torch.contiguous_format)
     if not found.numel():
         return found
-    rows, columns = _tile(of.shape[1], among.shape[1])
-    _nearest[(triton.cdiv(of.shape[1], rows), batch)](
+    tile = _tile(x, of.shape[1], among.shape[1])
+    _nearest[(triton.cdiv(of.shape[1], tile["ROWS"]), batch)](
         x,
         scale,
         of,
@@ -71,23 +66,24 @@ def nearest(x: Tensor, scale: Tensor, of: Tensor, among: Tensor) -> Tensor:
         x.stride(1),
         of.stride(0),
         among.stride(0),
-        ROWS=rows,
-        COLUMNS=columns,
-        STEP=_step(x),
-        INTERPRETED=INTERPRETED,
-        num_warps=4,
-        num_stages=3,
+        **tile,
     )
     return found
 
 
-def _tile(rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of a tile; found by trying on an H200, where larger ones are no faster."""
-    return (64 if rows > 32 else 32, 128 if columns > 64 else 64 if columns > 32 else 32)
+def _tile(x: Tensor, rows: int, columns: int) -> dict[str, int]:
+    """How a kernel goes through so many rows and columns of cosines.
 
-
-def _step(x: Tensor) -> int:
-    return 64 if x.element_size() == 2 else 32
+    Found by trying on an H200, where larger tiles are no faster.
+    """
+    return {
+        "ROWS": 64 if rows > 32 else 32,
+        "COLUMNS": 128 if columns > 64 else 64 if columns > 32 else 32,
+        "STEP": 64 if x.element_size() == 2 else 32,
+        "INTERPRETED": INTERPRETED,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
 
 
 @triton.jit
