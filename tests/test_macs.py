@@ -113,8 +113,11 @@ def test_the_reduced_count_is_what_a_counter_sees(tiny_model: nn.Module, coarse:
     counts = (found.patches, found.start, *found.counts)
     merged = [n for n, k in itertools.pairwise(counts) if k < n]
     assert len(merged) == 3 + bool(coarse)
-    # The merge is one multiply-add per token and channel. No counter sees it: on a CPU tokens are
-    # multiplied by their weights and added, and counters watch matrix products.
-    dim = family.find(model).inspect(model).cost.dim
-    assert found.reduced.merging == sum(merged) * dim
-    assert found.reduced.total - found.reduced.merging == seen
+    # The merge is one multiply-add per token and channel, and so is importance, which is looked at
+    # for the places of merged tokens. No counter sees them: on a CPU they are products of elements
+    # and sums, and counters watch products of matrices.
+    cost, parts = family.find(model).inspect(model).cost, found.reduced
+    assert parts.merging == sum(merged) * cost.dim
+    looked_at = [cost.prefix + n for n in merged] if cost.placed else []
+    assert parts.importance == sum(looked_at) * cost.dim
+    assert parts.total - parts.merging - parts.importance == seen

@@ -166,8 +166,9 @@ class Ramp(Schedule):
         span: The length of the ramp in blocks, counted from the end of the network. It may be
             longer than the network.
         end: The share of the tokens that the ramp arrives at.
-        every: Blocks between two steps. None means a sixth of the depth, two blocks of 12. Each
-            step costs time, so few are better. The last block never reduces.
+        every: Blocks between two steps. None means a sixth of the depth, two blocks of 12, or a
+            quarter where some patches are read coarsely, after which fewer steps do as well. Each
+            step costs time. The last block never reduces.
     """
 
     kind: ClassVar[str] = "ramp"
@@ -192,7 +193,8 @@ class Ramp(Schedule):
         return min((setting.tokens, *setting.fewer), key=lambda tokens: abs(tokens - wanted))
 
     def raw(self, setting: Setting) -> tuple[int, ...]:
-        every = self.every or max(round(setting.depth / 6), 1)
+        steps = 4 if setting.tokens < setting.patches else 6
+        every = self.every or max(setting.depth // steps, 1)
         left, counts = setting.tokens, []
         for block in range(1, setting.depth):
             if block % every == 0:

@@ -187,7 +187,8 @@ class Program:
                 f"{grid[1]} patches hold {there}. Give a smaller share, or 0, as coarse."
             )
         half = embed(coarse.halved(image, grid, patch)).permute(0, 2, 3, 1)
-        self.run.readings = fine.flatten(2).transpose(1, 2), half
+        # Channels last in memory, so that what compares the two goes along it.
+        self.run.readings = fine.flatten(2).transpose(1, 2).contiguous(), half.contiguous()
 
     def coarsened(self, x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Join the patches that are read coarsely, before the first block.

@@ -12,7 +12,7 @@ from mergence.ops import cpu, dense, fused
 from mergence.planning import Partition, keep_highest
 
 FAST = pytest.mark.parametrize("implementation", [dense, cpu, fused], ids=["dense", "cpu", "fused"])
-SHAPES = [(3, 2, 128), (2, 33, 200), (1, 20, 1664), (1, 130, 128)]
+SHAPES = [(3, 2, 128), (2, 33, 200), (1, 20, 1664), (1, 130, 128), (2, 300, 64)]
 CLOSE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """A unit in the last place of a cosine: sums in another order may round differently."""
 
@@ -95,11 +95,17 @@ def test_the_kernel_agrees_with_the_readable_one_on_many_tokens(place: torch.dev
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kinds", [1, 3])
 @pytest.mark.parametrize("levels", [1, 4])
+@pytest.mark.parametrize("tokens", [71, 260])  # a little over one block of the kernels, and of ours
 def test_ties_are_broken_alike_everywhere(
-    implementation: object, dtype: torch.dtype, kinds: int, levels: int, place: torch.device
+    implementation: object,
+    dtype: torch.dtype,
+    kinds: int,
+    levels: int,
+    tokens: int,
+    place: torch.device,
 ) -> None:
-    x = exact((1, 71, 66), kinds, place).to(dtype)  # a little over one block and one step
-    score = torch.randint(0, levels, (1, 71)).float().to(place)
+    x = exact((1, tokens, 66), kinds, place).to(dtype)
+    score = torch.randint(0, levels, (1, tokens)).float().to(place)
     agree(implementation, x, score, close=0.0)
 
 

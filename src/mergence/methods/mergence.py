@@ -52,7 +52,7 @@ class Mergence(Method):
 
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
         """See `Method.plan`."""
-        importance = torch.nan_to_num(tokens.importance, nan=0.0).clamp(min=1e-12)
+        importance = tokens.importance.clamp(min=1e-12)
         cosines = ops.cosines(tokens.x)
         redundancy = cosines.to_nearest_above(importance)
         cost = self.alpha * importance.log() + torch.log(1 + self.epsilon - redundancy)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mergence.ops import dense
 from mergence.ops.dense import attend, attention_of_row
-from mergence.plan import MergePlan
+from mergence.plan import MergePlan, rows
 
 __all__ = ["Cosines", "attend", "attention_of_row", "merge", "split"]
 
@@ -56,14 +56,38 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     return order, torch.empty_like(order).scatter_(1, order, position)
 
 
+BLOCK = 256
+"""From how many tokens on their cosines are computed in blocks, which then fit into the cache."""
+
+
 class Cosines(dense.Cosines):
     """The same, from differences of ranks instead of comparisons of scores."""
 
     def to_nearest_above(self, score: Tensor) -> Tensor:
         """See `mergence.ops.dense.Cosines`."""
-        score = torch.where(score.isnan(), -torch.inf, score)
-        # 0 for the highest, 4 for the next, and so on; among equals the earlier token comes first.
-        rank = 4.0 * score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        score = torch.where(score.isnan(), -torch.inf, score.detach())
+        # Among equals the earlier token comes first.
+        order = score.argsort(dim=1, descending=True, stable=True)
+        if score.shape[1] > BLOCK:
+            return self._in_blocks(order)
+        # 0 for the highest, 4 for the next, and so on.
+        rank = 4.0 * order.argsort(dim=1)
         # 0 where the other token is above, and -4 elsewhere.
         behind = ((rank - 4).unsqueeze(2) - rank.unsqueeze(1)).clamp_(-4, 0)
         return behind.add_(self._all()).amax(dim=2).clamp(-1, 1)
+
+    def _in_blocks(self, order: Tensor) -> Tensor:
+        """The same from the highest token down, so that half of the cosines are never computed.
+
+        That takes half the time for many tokens, and for few ones longer.
+        """
+        metric = rows(self._metric, order)
+        not_above = torch.full((BLOCK, BLOCK), -4.0, dtype=metric.dtype, device=order.device).triu()
+        found = []
+        for first in range(0, order.shape[1], BLOCK):
+            block = metric[:, first : first + BLOCK]
+            cosine = block @ metric[:, : first + block.shape[1]].mT
+            cosine[:, :, first:] += not_above[: block.shape[1], : block.shape[1]]
+            found.append(cosine.amax(dim=2))
+        nearest = torch.cat(found, dim=1).float().clamp(-1, 1)
+        return torch.empty_like(nearest).scatter_(1, order, nearest)

@@ -119,7 +119,8 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 def attention_of_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """Attention of one query to all keys; see `mergence.ops.attention_of_row`."""
-    logits = (q @ k.transpose(-2, -1)).float() * scale
+    # Half the time of a product with one row, which needs the keys of a head side by side.
+    logits: Tensor = torch.linalg.vecdot(k, q).unsqueeze(2).float() * scale
     if bias is not None:
         logits = logits + bias
     return logits.softmax(dim=-1).squeeze(2)
