@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mergence
 from mergence.data import loader, open_images
+from mergence.distances import kl_divergence
 from mergence.errors import DataError, OptionError
 from mergence.models import load_model
 from mergence.recipe import make
@@ -59,6 +60,22 @@ def test_the_trained_model_is_loaded_by_name_with_its_recipe(config: Build) -> N
     assert last["dense top1"] == pytest.approx(found.results[0].top1)
     assert last["mergence 0.67 top1"] == pytest.approx(found.results[1].top1)
     assert last["mergence 0.67 agreement"] == pytest.approx(found.results[1].agreement)
+
+
+def test_what_is_taught_by_the_model_before_training_is_compared_with_it(config: Build) -> None:
+    settings = config(val="demo", val_limit=40, distill=1.0, label_loss=0.0)
+    summary = fit(settings)
+    before, *_, after = summary.history
+    assert before["dense agreement"] == 100
+    assert before["dense kl"] == pytest.approx(0, abs=1e-6)
+    assert after["dense kl"] > 1e-5  # its own dense path has moved, and is not what it is held to
+    taught = mergence.load(summary.model).eval()
+    initial = load_model(settings.model)
+    data = open_images("demo", transform=initial.transform, mode="L", limit=40)
+    (batch,) = loader(data, batch_size=40)
+    with torch.no_grad():
+        divergence = kl_divergence(initial.model(batch.images), taught(batch.images))
+    assert after["mergence 0.67 kl"] == pytest.approx(float(divergence.mean()), rel=1e-4)
 
 
 @pytest.mark.slow

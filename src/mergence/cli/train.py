@@ -84,12 +84,16 @@ def _progress() -> Iterator[Callable[[Status], None]]:
 
 def _table(summary: Summary) -> None:
     table = Table(title="What the run did", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    names = [key.removesuffix(" top1") for key in summary.history[-1] if key.endswith(" top1")]
-    for heading in ("epoch", "loss", *(f"{name} top-1" for name in names)):
-        table.add_column(heading, justify="right")
+    digits = {"epoch": 0, "loss": 4} | {
+        key: 2 if key.endswith(" top1") else 4
+        for key in summary.history[-1]
+        if key.endswith((" top1", " kl"))
+    }
+    for key in digits:
+        table.add_column(key.replace(" top1", " top-1").replace(" kl", " KL"), justify="right")
     for row in summary.history:
-        loss = "–" if row["loss"] is None else f"{row['loss']:.4f}"
-        table.add_row(str(row["epoch"]), loss, *(f"{row[f'{name} top1']:.2f}" for name in names))
+        values = ((row.get(key), n) for key, n in digits.items())
+        table.add_row(*("–" if value is None else f"{value:.{n}f}" for value, n in values))
     console.print(table)
     console.print(
         f"{summary.seconds:.0f} s, {summary.images_per_s:.1f} images/s. The trained model is in "

@@ -15,6 +15,10 @@ from mergence.plan import MergePlan, rows
 
 __all__ = ["Cosines", "attend", "attention_of_row", "merge", "split"]
 
+TINY = torch.finfo(torch.float32).tiny
+BLOCK = 256
+"""Cosines of more tokens than this are computed in blocks, which then fit into the cache."""
+
 
 def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
     """Merge tokens into the slots of a plan; see `mergence.ops.merge`."""
@@ -28,7 +32,7 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
         2, slot.expand(3, -1, -1), torch.stack((size, weight, counts))
     ).unbind()
     # Normalised first: a token alone in its slot then has weight exactly 1 and passes unchanged.
-    share = weight / torch.where(total > 0, total, 1.0).gather(1, slot)
+    share = weight / total.clamp(min=TINY).gather(1, slot)
     weighted = x[:, prefix:] * share.unsqueeze(2)
 
     rows = prefix + plan.slots + 1
@@ -42,7 +46,7 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
         length = merged[:, prefix:].norm(dim=2)
         # Shared slots only, so that a token alone in its slot still passes unchanged.
         shared = (count > 1) & (length > 0)
-        scale = torch.where(shared, largest / torch.where(length > 0, length, 1.0), 1.0)
+        scale = torch.where(shared, largest / length.clamp(min=TINY), 1.0)
         merged = merged * F.pad(scale, (prefix, 0), value=1.0).unsqueeze(2)
     return merged[:, :-1].to(x.dtype), merged_size[:, :-1]
 
@@ -56,16 +60,13 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     return order, torch.empty_like(order).scatter_(1, order, position)
 
 
-BLOCK = 256
-"""From how many tokens on their cosines are computed in blocks, which then fit into the cache."""
-
-
 class Cosines(dense.Cosines):
     """The same, from differences of ranks instead of comparisons of scores."""
 
     def to_nearest_above(self, score: Tensor) -> Tensor:
         """See `mergence.ops.dense.Cosines`."""
-        score = torch.where(score.isnan(), -torch.inf, score.detach())
+        inf = torch.inf
+        score = torch.nan_to_num(score.detach(), nan=-inf, posinf=inf, neginf=-inf)
         # Among equals the earlier token comes first.
         order = score.argsort(dim=1, descending=True, stable=True)
         if score.shape[1] > BLOCK:

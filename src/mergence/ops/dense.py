@@ -53,7 +53,7 @@ class Cosines:
 
     def _all(self) -> Tensor:
         if self._matrix is None:
-            self._matrix = (self._metric @ self._metric.transpose(1, 2)).float()
+            self._matrix = self._metric @ self._metric.transpose(1, 2)
         return self._matrix
 
     def to_nearest_above(self, score: Tensor) -> Tensor:

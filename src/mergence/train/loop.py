@@ -113,7 +113,8 @@ def _row(run: Run, loss: float | None, scores: dict[str, Score]) -> Row:
     row: Row = {"epoch": run.position.epoch, "update": run.position.update, "loss": loss}
     for name, score in scores.items():
         row |= {f"{name} top1": score.top1, f"{name} loss": score.loss}
-        row |= {} if name == DENSE else {f"{name} agreement": score.agreement}
+        if name != DENSE or run.objective.teacher is not None:  # it is not compared with itself
+            row |= {f"{name} agreement": score.agreement, f"{name} kl": score.kl}
     return row
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mergence.devices import best_device
 from mergence.errors import CheckpointError, MergenceError, OptionError
+from mergence.outputs import answer
 from mergence.train import build, checkpoint
 from mergence.train.checkpoint import State
 from mergence.train.config import Config
@@ -135,7 +136,8 @@ class Run:
     def validate(self) -> dict[str, Score]:
         """Scores of the dense path and of each recipe; of the averaged weights, if there are any.
 
-        Empty without validation images.
+        They are compared with the teacher where it is the model as it was before training, and
+        otherwise with the dense path. Empty without validation images.
         """
         if self.val is None:
             return {}
@@ -147,10 +149,22 @@ class Run:
             model,
             self.val,
             {name: partial(reducer.select, choice) for name, choice in choices.items()},
+            teacher=self._fixed_teacher(),
             shape=self.loaded.input_size,
             accelerator=self.accelerator,
             skipped=self.skipped,
         )
+
+    def _fixed_teacher(self) -> Callable[[Tensor], Tensor] | None:
+        teacher = self.objective.teacher
+        if teacher is None:
+            return None
+
+        def logits(x: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                return answer(teacher(x))
+
+        return logits
 
     def save(self) -> None:
         """Write a checkpoint; every process takes part.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergence.data import Batch, Skipped
+from mergence.distances import kl_divergence
 from mergence.errors import DataError
 from mergence.outputs import answer
 from mergence.train.feed import Feed
@@ -26,12 +27,14 @@ class Score:
     Attributes:
         top1: Percent of images whose label is the first guess.
         loss: Mean cross entropy, in nats.
-        agreement: Percent of images with the dense path's first guess.
+        agreement: Percent of images with the first guess of what it is compared with.
+        kl: Mean Kullback-Leibler divergence from that, in nats.
     """
 
     top1: float
     loss: float
     agreement: float
+    kl: float
 
 
 def tensors(batch: Batch, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -53,6 +56,7 @@ def validate(
     feed: Feed | StreamFeed,
     paths: Mapping[str, Callable[[], object]],
     *,
+    teacher: Callable[[Tensor], Tensor] | None = None,
     shape: tuple[int, ...],
     accelerator: Any,
     skipped: dict[str, str],
@@ -63,6 +67,7 @@ def validate(
         model: The model, perhaps wrapped; its mode is the same afterwards.
         feed: Our part of the validation images.
         paths: What makes the model take each path, by name.
+        teacher: What they are compared with, from images to logits; None is the first path.
         shape: Shape of an image.
         accelerator: Adds up what the processes counted.
         skipped: Images that cannot be read are added to it, with the reason.
@@ -72,31 +77,32 @@ def validate(
     """
     training = model.training
     model.eval()
-    sums = torch.zeros(len(paths), 3)
+    sums = torch.zeros(len(paths), 4)
     images = 0
     for (batch,) in feed.epoch(0):
         skipped |= {item.name: item.reason for item in batch.skipped}
         x, labels = tensors(batch, shape, accelerator.device)
-        dense = None
+        known = None if teacher is None else teacher(x).float()
         for row, select in zip(sums, paths.values(), strict=True):
             select()
             logits = answer(model(x)).float()
+            known = logits if known is None else known
             guess = logits.argmax(dim=1)
-            dense = guess if dense is None else dense
             if batch:
                 row[0] += (guess == labels).sum().cpu()
                 row[1] += F.cross_entropy(logits, labels, reduction="sum").cpu()
-                row[2] += (guess == dense).sum().cpu()
+                row[2] += (guess == known.argmax(dim=1)).sum().cpu()
+                row[3] += kl_divergence(known, logits).sum().cpu()
         images += len(batch)
     model.train(training)
     counted = torch.cat((torch.tensor([float(images)]), sums.flatten())).to(accelerator.device)
     total, *rest = accelerator.reduce(counted, "sum").tolist()
     if total == 0:
         raise DataError(f"None of the validation images could be read. First: {first(skipped)}")
-    rows = [rest[i : i + 3] for i in range(0, len(rest), 3)]
+    rows = [rest[i : i + 4] for i in range(0, len(rest), 4)]
     return {
-        name: Score(100 * hits / total, loss / total, 100 * agreed / total)
-        for name, (hits, loss, agreed) in zip(paths, rows, strict=True)
+        name: Score(100 * hits / total, loss / total, 100 * agreed / total, kl / total)
+        for name, (hits, loss, agreed, kl) in zip(paths, rows, strict=True)
     }
 
 
