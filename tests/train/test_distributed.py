@@ -120,7 +120,12 @@ def agree(one: Path, two: Path) -> None:
     for name in ("steps.csv", "epochs.csv"):
         for a, b in zip(rows(one / name), rows(two / name), strict=True):
             for key in a.keys() - {"images_per_s"}:
-                expected = a[key] if isinstance(a[key], str) else pytest.approx(a[key], rel=1e-5)
+                # A divergence is a difference of logarithms: of answers that are nearly the same,
+                # as here, nothing is left but their float error.
+                least = 1e-6 if key.endswith(" kl") else None
+                expected = a[key]
+                if not isinstance(expected, str):
+                    expected = pytest.approx(expected, rel=1e-5, abs=least)
                 assert b[key] == expected, (name, key)
     a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, two))
     assert a.keys() == b.keys()
