@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mergence.devices import best_device
 from mergence.errors import CheckpointError, MergenceError, OptionError
-from mergence.outputs import answer
 from mergence.train import build, checkpoint
 from mergence.train.checkpoint import State
 from mergence.train.config import Config
@@ -149,22 +148,11 @@ class Run:
             model,
             self.val,
             {name: partial(reducer.select, choice) for name, choice in choices.items()},
-            teacher=self._fixed_teacher(),
+            teacher=self.objective.teacher,
             shape=self.loaded.input_size,
             accelerator=self.accelerator,
             skipped=self.skipped,
         )
-
-    def _fixed_teacher(self) -> Callable[[Tensor], Tensor] | None:
-        teacher = self.objective.teacher
-        if teacher is None:
-            return None
-
-        def logits(x: Tensor) -> Tensor:
-            with self.accelerator.autocast():
-                return answer(teacher(x))
-
-        return logits
 
     def save(self) -> None:
         """Write a checkpoint; every process takes part.

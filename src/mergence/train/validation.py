@@ -56,7 +56,7 @@ def validate(
     feed: Feed | StreamFeed,
     paths: Mapping[str, Callable[[], object]],
     *,
-    teacher: Callable[[Tensor], Tensor] | None = None,
+    teacher: nn.Module | None = None,
     shape: tuple[int, ...],
     accelerator: Any,
     skipped: dict[str, str],
@@ -67,7 +67,7 @@ def validate(
         model: The model, perhaps wrapped; its mode is the same afterwards.
         feed: Our part of the validation images.
         paths: What makes the model take each path, by name.
-        teacher: What they are compared with, from images to logits; None is the first path.
+        teacher: The model that they are compared with; None is the first path.
         shape: Shape of an image.
         accelerator: Adds up what the processes counted.
         skipped: Images that cannot be read are added to it, with the reason.
@@ -82,7 +82,10 @@ def validate(
     for (batch,) in feed.epoch(0):
         skipped |= {item.name: item.reason for item in batch.skipped}
         x, labels = tensors(batch, shape, accelerator.device)
-        known = None if teacher is None else teacher(x).float()
+        known = None
+        if teacher is not None:
+            with accelerator.autocast():
+                known = answer(teacher(x)).float()
         for row, select in zip(sums, paths.values(), strict=True):
             select()
             logits = answer(model(x)).float()
