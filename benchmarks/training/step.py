@@ -20,11 +20,23 @@ from mergence.train.levels import Choice
 from mergence.train.run import Run
 
 
-def main(model: str, macs: float = 0.67, batch_size: int = 8, rounds: int = 5) -> None:
+def main(
+    model: str,
+    macs: float = 0.67,
+    batch_size: int = 8,
+    rounds: int = 5,
+    precision: str = "no",
+) -> None:
     """Print both medians and their ratio."""
     with tempfile.TemporaryDirectory() as out:
         config = Config.from_dict(
-            {"model": model, "data": f"synthetic:{batch_size}", "macs": macs, "out": out}
+            {
+                "model": model,
+                "data": f"synthetic:{batch_size}",
+                "macs": macs,
+                "out": out,
+                "precision": precision,
+            }
         )
         run = Run(config)
     device = run.accelerator.device
@@ -35,7 +47,8 @@ def main(model: str, macs: float = 0.67, batch_size: int = 8, rounds: int = 5) -
     def step(strength: float) -> float:
         synchronise(device)
         start = time.perf_counter()
-        loss = run.objective(run.model, x, soft, Choice(name, strength)).mean()
+        with run.accelerator.autocast():
+            loss = run.objective(run.model, x, soft, Choice(name, strength)).mean()
         run.accelerator.backward(loss)
         run.optimizer.step()
         run.optimizer.zero_grad()

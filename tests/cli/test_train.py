@@ -44,6 +44,20 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert len(data["history"]) == 2
 
 
+def test_a_log_file_gets_lines_in_place_of_the_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = ("demo", *SHORT, "--limit", "4", "--macs", "0.67")
+    text = run(*steps, "--out", tmp_path / "a").stderr
+    first, last = [line for line in text.splitlines() if "loss" in line]
+    assert first.startswith("epoch 1/1, step 1/4: loss ")
+    assert last.startswith("epoch 1/1, step 4/4: loss ")
+    assert last.endswith("images/s, 0:00:00 left")
+
+    monkeypatch.setattr("mergence.cli.train.SECONDS", 0.0)
+    assert run(*steps, "--out", tmp_path / "b").stderr.count("loss ") == 4
+
+
 def test_an_unknown_key_is_blamed_on_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -22,6 +24,9 @@ from mergence.train.config import Config, read_yaml
 
 if TYPE_CHECKING:
     from mergence.train import Status, Summary
+
+SECONDS = 30.0
+"""Time between two lines in a log file."""
 
 
 def train(**flags: Any) -> None:
@@ -57,7 +62,10 @@ def _values(file: Path | None, given: dict[str, Any], resume: bool) -> dict[str,
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Status], None]]:
-    """A line with the epoch, loss, speed and time left; quiet in all but the main process."""
+    """The epoch, loss, speed and time left: a bar in a terminal, now and then a line elsewhere."""
+    if not errors.is_terminal:
+        yield _lines()
+        return
     columns = (
         TextColumn("epoch {task.fields[epoch]}"),
         BarColumn(),
@@ -80,6 +88,26 @@ def _progress() -> Iterator[Callable[[Status], None]]:
             )
 
         yield report
+
+
+def _lines() -> Callable[[Status], None]:
+    due = 0.0
+
+    def report(status: Status) -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now < due and status.update < status.updates:
+            return
+        due = now + SECONDS
+        errors.print(
+            f"epoch {status.epoch}/{status.epochs}, step {status.update}/{status.updates}: "
+            f"loss {status.loss:.4f}, {status.images_per_s:.1f} images/s, "
+            f"{timedelta(seconds=round(status.seconds_left))} left",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    return report
 
 
 def _table(summary: Summary) -> None:
