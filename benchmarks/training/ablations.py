@@ -1,7 +1,7 @@
 """What each option of a training run gives: the same short run, changed in one thing each time.
 
 Every run starts from the embedded model and sees the same images in the same order. Each is
-validated as it runs with the strongest of its reductions, and densely.
+validated with every reduction that it trains, and densely.
 
     python benchmarks/training/ablations.py train.zip test.zip --out R.json
 
@@ -44,7 +44,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def main(
     train: str,
     val: str,
-    out: Annotated[Path, typer.Option(help="JSON file; runs that it has are kept.")],
+    out: Annotated[Path, typer.Option(help="JSON file; other runs in it are kept.")],
     only: Annotated[list[str] | None, typer.Option(help="Some of the runs, by name.")] = None,
     images: int = 6400,
     val_images: int = 3000,

@@ -66,28 +66,29 @@ class CrossScale(Learned):
 class EarlierBlocks(Learned):
     """The tokens of the patch embedding and of the first two blocks are added."""
 
+    BLOCKS = 2
     seen: ClassVar[list[Tensor]] = []
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
-        self.gates = nn.Parameter(torch.zeros(3, dim))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(1 + self.BLOCKS))
+        self.gates = nn.Parameter(torch.zeros(1 + self.BLOCKS, dim))
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See `Learned`."""
-        for gate, norm, earlier in zip(self.gates, self.norms, self.seen, strict=False):
+        for gate, norm, earlier in zip(self.gates, self.norms, self.seen, strict=True):
             x = x + (gate * norm(earlier[:, -x.shape[1] :])).to(x.dtype)
         return x
 
     def macs(self, tokens: int) -> int:
         """See `Learned`."""
-        return 3 * self.gates.shape[1] * tokens
+        return self.gates.numel() * tokens
 
 
 def _note(module: nn.Module, _: Any, output: Any) -> None:
     if isinstance(module, PatchEmbed):
         EarlierBlocks.seen = [output]
-    elif isinstance(module, Block):
+    elif isinstance(module, Block) and len(EarlierBlocks.seen) <= EarlierBlocks.BLOCKS:
         EarlierBlocks.seen.append(output)
 
 
