@@ -15,6 +15,8 @@ from torch.nn import functional as F
 import mergence
 from mergence import coarse, family
 from mergence.errors import OptionError, ReducedOutputError, ScheduleError
+from mergence.families import _coarse
+from mergence.families._coarse import as_product
 from mergence.ops import merge
 from mergence.outputs import answer
 from mergence.plan import MergePlan
@@ -324,3 +326,40 @@ def test_tokens_that_enter_are_aligned(vit: nn.Module, image: Tensor, align: int
     assert found.start < 36
     assert (found.start + found.prefix) % align == 0
     assert answer(vit(image)).isfinite().all()
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("shape", "patch"), [((2, 3, 50, 37), (16, 8)), ((1, 1, 8, 8), (4, 4))])
+def test_the_product_of_patches_is_the_convolution(
+    shape: tuple[int, ...], patch: tuple[int, int], memory: torch.memory_format
+) -> None:
+    image = torch.randn(shape, dtype=torch.float64).to(memory_format=memory)
+    weight = torch.randn(5, shape[1], *patch, dtype=torch.float64)
+    bias = torch.randn(5, dtype=torch.float64)
+    for added in (bias, None):
+        expected = F.conv2d(image, weight, added, stride=patch)
+        found = as_product(image, weight, added)
+        torch.testing.assert_close(found, expected)
+        assert found.flatten(2).mT.is_contiguous()  # as the tokens are read
+
+
+def test_in_half_precision_a_reduced_model_embeds_by_the_product(
+    vit: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watched(*inputs: Any) -> Any:
+        seen.append(inputs)
+        return as_product(*inputs)
+
+    monkeypatch.setattr(_coarse, "as_product", watched)
+    model = vit.bfloat16()
+    image = torch.randn(1, 3, 96, 96, dtype=torch.bfloat16)
+    mergence.apply(model, keep_rate=1.0)(image)
+    assert not seen  # nothing leaves, and the answer is the dense model's to the last bit
+    mergence.apply(model, macs=0.7)
+    with mergence.disabled(model):
+        model(image)
+    assert not seen
+    model(image)
+    assert len(seen) == 1

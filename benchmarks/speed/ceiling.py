@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import mergence
 from mergence.benchmark import take_turns
+from mergence.families._coarse import as_product
 from mergence.macs import count
 from mergence.step import program_of
 
@@ -64,6 +65,8 @@ def main() -> None:
 def _free(model: Any, tokens: Sequence[int]) -> nn.Module:
     """Cut tokens off: those that enter the first block, and those left after each."""
     prefix = model.num_prefix_tokens
+    if model.patch_embed.proj.weight.dtype != torch.float32:
+        model.patch_embed.proj._conv_forward = as_product  # as reduced models do
     model.norm_pre.register_forward_hook(lambda _, __, x: x[:, : prefix + tokens[0]])
     for block, left in zip(model.blocks, tokens[1:], strict=True):
 

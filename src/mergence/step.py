@@ -82,6 +82,11 @@ class Program:
         """Patch tokens after each block; see `tokens`."""
         return self.tokens(patches)[1:]
 
+    @property
+    def reduces(self) -> bool:
+        """Whether any token leaves at the model's own input size."""
+        return min(self.tokens()) < self.patches
+
     def setting(self, patches: int) -> Setting:
         """What schedules are resolved for, for images of so many patches."""
         dense = self.macs(patches, dense=True).total

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mergence.families._transformers_blocks import block_forward, scale_of
+from mergence.families._transformers_blocks import first_half, scale_of, second_half
 from mergence.families.transformers import FAMILY
 
 KINDS = ("vit", "deit", "dinov2", "dinov2_reg", "clip", "siglip")
@@ -28,7 +28,7 @@ def kernel(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest, kernel: str, fresh: Any) -> tuple[Any, Any]:
-    """A block of each architecture, with all the dropout it can have, and its restated forward."""
+    """A block of each architecture, with all the dropout it can have, and its halves."""
     spec = FAMILY.inspect(fresh(f"transformers-{request.param}"))
     found, layout = spec.blocks[0], spec.block_mixin._mergence_layout
     config = getattr(found, layout.attention).config
@@ -37,11 +37,7 @@ def kind(request: pytest.FixtureRequest, kernel: str, fresh: Any) -> tuple[Any, 
     config._attn_implementation = kernel
     block = type(found)(config)
     block.load_state_dict(found.state_dict())
-    return block, partial(block_forward, block, layout)
-
-
-def keep(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return x
+    return block, (partial(first_half, block, layout), partial(second_half, block, layout))
 
 
 def size_bias(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,30 +47,30 @@ def size_bias(dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("biased", [False, True], ids=["no bias", "size bias"])
 def test_the_restated_block_is_bit_identical(kind: Any, biased: bool, training: bool) -> None:
-    block, restated = kind
+    block, (first, second) = kind
     block.train(training)
     x, bias = torch.randn(4, 11, 48), size_bias() if biased else None
     torch.manual_seed(5)
     expected = block(x, bias)
     torch.manual_seed(5)
-    assert torch.equal(restated(x, bias, keep), expected)
+    assert torch.equal(second(first(x, bias)[0]), expected)
     # The bias is no bystander.
     assert not biased or not torch.equal(block.eval()(x, None), block(x, bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_the_restated_block_is_bit_identical_in_other_dtypes(kind: Any, dtype: torch.dtype) -> None:
-    block, restated = kind
+    block, (first, second) = kind
     block.eval().to(dtype)
     x, bias = torch.randn(4, 11, 48, dtype=dtype), size_bias(dtype)
-    assert torch.equal(restated(x, bias, keep), block(x, bias))
+    assert torch.equal(second(first(x, bias)[0]), block(x, bias))
 
 
 def test_the_gradients_of_the_restated_block_are_bit_identical(kind: Any) -> None:
-    block, restated = kind
+    block, (first, second) = kind
     block.eval()
     x, found = torch.randn(4, 11, 48), []
-    for run in (partial(block, attention_mask=None), partial(restated, bias=None, reduce=keep)):
+    for run in (partial(block, attention_mask=None), lambda x: second(first(x, None)[0])):
         block.zero_grad()
         run(x).square().sum().backward()
         found.append([p.grad.clone() for p in block.parameters()])
@@ -82,19 +78,14 @@ def test_the_gradients_of_the_restated_block_are_bit_identical(kind: Any) -> Non
 
 
 @pytest.mark.parametrize("kernel", ["eager"], indirect=True)
-def test_reduce_gets_the_queries_and_keys_of_the_attention(kind: Any) -> None:
-    block, restated = kind
+def test_a_reduction_gets_the_queries_and_keys_of_the_attention(kind: Any) -> None:
+    block, (first, _) = kind
     block.eval()
     attn: nn.Module = next(m for m in block.modules() if hasattr(m, "q_proj"))
-    seen: dict[str, Tensor] = {}
-
-    def look(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen["map"] = (q @ k.transpose(-2, -1) * scale_of(attn)).softmax(dim=-1)
-        return x
-
     own: list[Tensor] = []
     attn.register_forward_hook(lambda module, x, y: own.append(y[1]))
     x = torch.randn(4, 11, 48)
     block(x, None)
-    restated(x, None, look)
-    torch.testing.assert_close(seen["map"], own[0], rtol=1e-5, atol=1e-6)
+    _, q, k = first(x, None)
+    found = (q @ k.transpose(-2, -1) * scale_of(attn)).softmax(dim=-1)
+    torch.testing.assert_close(found, own[0], rtol=1e-5, atol=1e-6)

@@ -102,11 +102,3 @@ def test_a_row_whose_gradient_is_wanted_has_one(place: torch.device) -> None:
     row[..., 0].sum().backward()
     assert q.grad is None
     assert row.requires_grad
-
-
-@pytest.mark.slow
-def test_torch_finds_nothing_wrong_with_the_operators(place: torch.device) -> None:
-    q, k, v = packed((1, 2, 9, 16), torch.float16, place)
-    bias = sizes(1, 9, torch.float16, place)
-    torch.library.opcheck(torch.ops.mergence.attend.default, (q, k, v, bias))
-    torch.library.opcheck(torch.ops.mergence.attention_of_row.default, (q[:, :, :1], k, bias, 0.25))

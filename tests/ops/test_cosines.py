@@ -149,11 +149,3 @@ def test_no_gradient_flows_and_none_is_recorded(
     x = torch.randn(1, 9, 16, device=place, requires_grad=True)
     score = torch.rand(1, 9, device=place)
     assert not implementation.Cosines(x).to_nearest_above(score).requires_grad  # type: ignore[attr-defined]
-
-
-@pytest.mark.slow
-def test_torch_finds_nothing_wrong_with_the_operator(place: torch.device) -> None:
-    x, score = torch.randn(2, 5, 16, device=place), torch.rand(2, 5, device=place)
-    scale, of = x.norm(dim=2).reciprocal(), torch.tensor([[0, 3], [1, 2]], device=place)
-    torch.library.opcheck(torch.ops.mergence.nearest_above.default, (x, scale, score))
-    torch.library.opcheck(torch.ops.mergence.nearest.default, (x, scale, of, of.flip(0)))

@@ -27,9 +27,7 @@ def compile(kernel, dtype, warps, **constants):
             return "constexpr"
         if name in OF_TOKENS or (name == "out" and kernel is attention._attend):
             return "*" + dtype
-        if name == "scale":  # of every token, or of all logits
-            return "*fp32" if "x" in kernel.arg_names else "fp32"
-        if name == "out":
+        if name in ("scale", "out"):
             return "*fp32"
         return "*" + POINTERS[name] if name in POINTERS else "i32"
     source = ASTSource(kernel, {n: type_of(n) for n in kernel.arg_names}, constants)
@@ -49,11 +47,10 @@ for dtype in ("bf16", "fp16", "fp32"):
     if dtype != "fp32":
         for dim in (64, 80):
             tile["COLUMNS"], width = 32, 64 if dim == 64 else 128
-            compile(attention._attend, dtype, 4, DIM=dim, WIDTH=width, **tile)
+            compile(attention._attend, dtype, 4, SCALE=0.125, DIM=dim, WIDTH=width, **tile)
     for length, chunk in ((256, 64), (2048, 16)):
-        compile(
-            attention._attention_of_row, dtype, 8, BIASED=True, LENGTH=length, CHUNK=chunk
-        )
+        options = {"SCALE": 0.125, "BIASED": True, "LENGTH": length, "CHUNK": chunk}
+        compile(attention._attention_of_row, dtype, 8, **options)
 compile(splitting._split, "fp32", 4, LENGTH=2048)
 print("compiled")
 """

@@ -136,30 +136,3 @@ def test_gradients_are_those_of_the_dense_operator(
         found.append([leaf.grad for leaf in (*leaves, weight)])
     for value, expected in zip(*found, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_torch_finds_nothing_wrong_with_the_operator(place: torch.device) -> None:
-    plan = random_plan(1, 3, 2, place, keep_norm=True)
-    x = tokens((1, 4, 16), torch.float32, place).requires_grad_()
-    size = torch.ones(1, 3, device=place)
-    arguments = (x, size, plan.slot, plan.weight, 2, 1, True)
-    torch.library.opcheck(torch.ops.mergence.merge.default, arguments)
-
-
-@pytest.mark.slow
-def test_it_compiles_in_one_graph_with_gradients(place: torch.device) -> None:
-    plan = random_plan(1, 4, 2, place, keep_norm=True)
-    x, size = tokens((1, 5, 16), torch.float32, place), torch.ones(1, 4, device=place)
-
-    def step(x: Tensor) -> Tensor:
-        return fused.merge(x * 2, size, plan, 1)[0].square().sum()
-
-    torch.compiler.reset()
-    grads = []
-    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaf = x.clone().requires_grad_()
-        call(leaf).backward()
-        grads.append(leaf.grad)
-    torch.compiler.reset()
-    assert torch.equal(grads[0], grads[1])

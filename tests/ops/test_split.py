@@ -43,8 +43,3 @@ def test_many_tokens(implementation: object, place: torch.device, tokens: int, k
     # Few different values, so that the border lies among equals.
     score = (torch.randn(2, tokens, device=place) * 8).round() / 8
     check(implementation, score, kept)
-
-
-@pytest.mark.slow
-def test_torch_finds_nothing_wrong_with_the_operator(place: torch.device) -> None:
-    torch.library.opcheck(torch.ops.mergence.split.default, (torch.rand(2, 7, device=place), 3))

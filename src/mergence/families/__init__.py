@@ -4,7 +4,6 @@ What is imported here helps to write a family, in this folder or in a package of
 """
 
 from mergence.families._common import (
-    Reduce,
     linear_macs,
     mean_by_size,
     randomised,
@@ -14,7 +13,6 @@ from mergence.families._common import (
 )
 
 __all__ = [
-    "Reduce",
     "linear_macs",
     "mean_by_size",
     "randomised",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,12 +14,6 @@ from mergence.state import Carry
 from mergence.step import BlockStep
 from mergence.surgery import LEARNED, original_class
 
-Reduce = Callable[..., Tensor]
-"""What happens to tokens between attention and MLP, from them and the attention's q and k.
-
-Attentions that add a bias for every pair of tokens, `[B, H, P + N, P + N]`, give it as fourth.
-"""
-
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -27,7 +21,8 @@ def reduced_forward(
     block: Any,
     x: Tensor,
     dense: Callable[[Tensor], Tensor],
-    restated: Callable[[Tensor, Carry, Reduce], Tensor],
+    attend: Callable[[Tensor, Carry], Sequence[Any]],
+    mlp: Callable[[Tensor], Tensor],
     scale: float,
 ) -> Tensor:
     """A block's forward, with fewer tokens after it where the schedule says so.
@@ -37,8 +32,10 @@ def reduced_forward(
         x: `[B, P + N, C]` prefix and patch tokens.
         dense: The library's forward. It runs where the block removes no tokens and nothing is known
             about those it gets that it has no way in for, no bias of their sizes and no places.
-        restated: The same restated, from tokens and what is known about them; it calls
-            `reduce(x, q, k)` between attention and MLP.
+        attend: Its first half restated, from tokens and what is known about them: the tokens after
+            the attention, then its queries and keys `[B, H, P + N, D]`, and where it adds a bias
+            for every pair of tokens that, `[B, H, P + N, P + N]` or None.
+        mlp: Its second half, from those tokens that stayed.
         scale: The factor on the attention's logits.
     """
     step: BlockStep = block._mergence
@@ -52,19 +49,15 @@ def reduced_forward(
         y = dense(x)
         step.leave(y, carry)
         return y
-    after = carry
-
-    def reduce(x: Tensor, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
-        nonlocal after
-        run.lap("attention")
-        if slots is not None:
-            learned = getattr(block, LEARNED, None)
-            x, after = step.reduce(x, q, k, scale, carry, slots, learned, pairs)
-        return x
-
-    y = restated(x, carry, reduce)
+    x, q, k, *pairs = attend(x, carry)
+    run.lap("attention")
+    if slots is not None:
+        learned = getattr(block, LEARNED, None)
+        x, carry = step.reduce(x, q, k, scale, carry, slots, learned, *pairs)
+    del q, k, pairs  # as large as what the MLP makes
+    y = mlp(x)
     run.lap("mlp")
-    step.leave(y, after)
+    step.leave(y, carry)
     return y
 
 

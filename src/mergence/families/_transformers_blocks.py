@@ -7,13 +7,14 @@ implementations alone.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mergence import ops
-from mergence.families._common import Reduce, reduced_forward, refuse_mask
+from mergence.families._common import reduced_forward, refuse_mask
 from mergence.families._transformers import CLIP, DINO, VIDEO, VIT, Layout
 from mergence.state import Carry
 from mergence.step import BlockStep
@@ -66,20 +67,19 @@ def scale_of(attn: Any) -> float:
     return scale
 
 
-def block_forward(
-    block: Any,
-    layout: Layout,
-    x: Tensor,
-    bias: Tensor | None,
-    reduce: Reduce,
-    **options: Any,
-) -> Tensor:
-    """`forward` of the library's blocks, restated with `reduce(x, q, k)` before the MLP."""
+def first_half(
+    block: Any, layout: Layout, x: Tensor, bias: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` of the library's blocks up to the MLP, with the attention's q and k."""
     attn = getattr(block, layout.attention)
     y, q, k = attention(attn, getattr(block, layout.norms[0])(x), bias, **options)
     for name in layout.after[0]:
         y = getattr(block, name)(y)
-    x = reduce(x + y, q, k)
+    return x + y, q, k
+
+
+def second_half(block: Any, layout: Layout, x: Tensor) -> Tensor:
+    """`forward` of the library's blocks from there on."""
     y = block.mlp(getattr(block, layout.norms[1])(x))
     for name in layout.after[1]:
         y = getattr(block, name)(y)
@@ -118,9 +118,8 @@ class ReducedBlock:
             self,
             hidden_states,
             lambda x: dense.forward(x, None, **options),
-            lambda x, known, reduce: block_forward(
-                self, layout, x, known.bias, reduce, **placed(known)
-            ),
+            lambda x, known: first_half(self, layout, x, known.bias, **placed(known)),
+            partial(second_half, self, layout),
             scale_of(getattr(self, layout.attention)),
         )
 
@@ -143,8 +142,10 @@ class ReducedClipBlock(ReducedBlock):
     _mergence_layout = CLIP
 
 
-def video_block_forward(block: Any, x: Tensor, bias: Tensor | None, reduce: Reduce) -> Tensor:
-    """`VideoMAELayer.forward`, restated with `reduce(x, q, k)` before the MLP."""
+def first_half_of_video(
+    block: Any, x: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`VideoMAELayer.forward` up to the MLP, with the attention's q and k."""
     attn, z = block.attention.attention, block.layernorm_before(x)
     shape = (*x.shape[:-1], -1, attn.attention_head_size)
     # In the library's order, in which the gradients of `z` are summed up, too.
@@ -152,7 +153,11 @@ def video_block_forward(block: Any, x: Tensor, bias: Tensor | None, reduce: Redu
         project(z).view(shape).transpose(1, 2) for project in (attn.key, attn.value, attn.query)
     )
     y = _attend(attn, q, k, v, bias, attn.dropout_prob, is_causal=False)
-    x = reduce(block.attention.output(y, z) + x, q, k)
+    return block.attention.output(y, z) + x, q, k
+
+
+def second_half_of_video(block: Any, x: Tensor) -> Tensor:
+    """`VideoMAELayer.forward` from there on."""
     out: Tensor = block.output(block.intermediate(block.layernorm_after(x)), x)
     return out
 
@@ -173,7 +178,8 @@ class ReducedVideoBlock:
             self,
             hidden_states,
             lambda x: dense.forward(x, **options),
-            lambda x, known, reduce: video_block_forward(self, x, known.bias, reduce),
+            lambda x, known: first_half_of_video(self, x, known.bias),
+            partial(second_half_of_video, self),
             scale_of(self.attention.attention),
         )
 

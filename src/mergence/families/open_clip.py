@@ -18,7 +18,6 @@ from mergence import family as families
 from mergence.errors import UnsupportedModelError
 from mergence.families._coarse import CoarseStem, CoarseTokens, can_read_coarsely
 from mergence.families._common import (
-    Reduce,
     linear_macs,
     mean_by_size,
     randomised,
@@ -39,10 +38,14 @@ _TIMM_TOWER = "open_clip.timm_model.TimmModel"
 _BOTH = ("open_clip.model.CLIP", "open_clip.model.CustomTextCLIP")
 
 
-def block_forward(block: Any, x: Tensor, bias: Tensor | None, reduce: Reduce) -> Tensor:
-    """`ResidualAttentionBlock.forward`, restated with `reduce(x, q, k)` before the MLP."""
+def first_half(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`ResidualAttentionBlock.forward` up to the MLP, with the attention's q and k."""
     y, q, k = attention(block.attn, block.ln_1(x), bias)
-    x = reduce(x + block.ls_1(y), q, k)
+    return x + block.ls_1(y), q, k
+
+
+def second_half(block: Any, x: Tensor) -> Tensor:
+    """`ResidualAttentionBlock.forward` from there on."""
     z: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
     return z
 
@@ -68,7 +71,8 @@ class ReducedBlock:
             self,
             q_x,
             dense.forward,
-            lambda x, known, reduce: block_forward(self, x, known.bias, reduce),
+            lambda x, known: first_half(self, x, known.bias),
+            partial(second_half, self),
             scale_of(self.attn),
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from mergence import ops
 from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.families._coarse import CoarseStem, can_read_coarsely
 from mergence.families._common import (
-    Reduce,
     linear_macs,
     mean_by_size,
     randomised,
@@ -69,11 +69,14 @@ def attend(
     return out
 
 
-def block_forward(block: Any, x: Tensor, bias: Tensor | None, reduce: Reduce) -> Tensor:
-    """Timm's `Block.forward`, restated with `reduce(x, q, k)` between attention and MLP."""
+def first_half(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Timm's `Block.forward` up to the MLP, with the attention's q and k."""
     y, q, k = attention(block.attn, block.norm1(x), bias)
-    x = x + block.drop_path1(block.ls1(y))
-    x = reduce(x, q, k)
+    return x + block.drop_path1(block.ls1(y)), q, k
+
+
+def second_half(block: Any, x: Tensor) -> Tensor:
+    """Timm's `Block.forward` from there on."""
     z: Tensor = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     return x + z
 
@@ -95,7 +98,8 @@ class ReducedBlock:
             self,
             x,
             dense.forward,
-            lambda x, known, reduce: block_forward(self, x, known.bias, reduce),
+            lambda x, known: first_half(self, x, known.bias),
+            partial(second_half, self),
             self.attn.scale,
         )
 

@@ -9,12 +9,13 @@ them. Written against timm 1.0.31.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from mergence.families._common import Reduce, linear_macs, mean_by_size, reduced_forward
+from mergence.families._common import linear_macs, mean_by_size, reduced_forward
 from mergence.families.timm import ReducedTrunk, Timm, sizes_to_pool
 from mergence.families.timm_eva import packed_qkv
 from mergence.state import Carry
@@ -53,17 +54,16 @@ def attention(
     return out, q, k
 
 
-def block_forward(
-    block: Any, x: Tensor, shared: Tensor | None, known: Carry, reduce: Reduce
-) -> Tensor:
-    """BEiT's `Block.forward`, restated with `reduce(x, q, k, pairs)` before the MLP.
+def first_half(
+    block: Any, x: Tensor, shared: Tensor | None, known: Carry
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """BEiT's `Block.forward` up to the MLP, with the attention's q, k and its bias for pairs.
 
     Args:
         block: The block.
         x: `[B, 1 + N, C]`.
         shared: `[H, L, L]` the bias of all blocks for every pair of places, or None.
         known: What is known about the tokens.
-        reduce: What happens to them.
     """
     attn, own = block.attn, None
     if attn.relative_position_bias_table is not None:
@@ -73,7 +73,11 @@ def block_forward(
     y = y if block.gamma_1 is None else block.gamma_1 * y
     given = [each for each in (own, shared) if each is not None]
     pairs = sum(given[1:], given[0]) if given else None
-    x = reduce(x + block.drop_path1(y), q, k, pairs)
+    return x + block.drop_path1(y), q, k, pairs
+
+
+def second_half(block: Any, x: Tensor) -> Tensor:
+    """BEiT's `Block.forward` from there on."""
     y = block.mlp(block.norm2(x))
     y = y if block.gamma_2 is None else block.gamma_2 * y
     z: Tensor = x + block.drop_path2(y)
@@ -111,7 +115,8 @@ class ReducedBeitBlock:
             self,
             x,
             lambda x: dense.forward(x, shared_rel_pos_bias),
-            lambda x, known, reduce: block_forward(self, x, shared_rel_pos_bias, known, reduce),
+            lambda x, known: first_half(self, x, shared_rel_pos_bias, known),
+            partial(second_half, self),
             self.attn.scale,
         )
 

@@ -7,13 +7,14 @@ of its most important patch. Written against timm 1.0.31.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mergence.families._common import Reduce, reduced_forward, refuse_mask
+from mergence.families._common import reduced_forward, refuse_mask
 from mergence.families.timm import ReducedModel, ReducedTrunk, Timm, attend
 from mergence.state import Carry
 from mergence.step import BlockStep
@@ -67,13 +68,17 @@ def packed_qkv(attn: Any, x: Tensor) -> Tensor:
     return F.linear(x, attn.qkv.weight, bias)
 
 
-def block_forward(
-    block: Any, x: Tensor, rope: Tensor | None, bias: Tensor | None, reduce: Reduce
-) -> Tensor:
-    """`EvaBlock.forward`, restated with `reduce(x, q, k)` between attention and MLP."""
+def first_half(
+    block: Any, x: Tensor, rope: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`EvaBlock.forward` up to the MLP, with the attention's q and k."""
     y, q, k = attention(block.attn, block.norm1(x), rope, bias)
     y = y if block.gamma_1 is None else block.gamma_1 * y
-    x = reduce(x + block.drop_path1(y), q, k)
+    return x + block.drop_path1(y), q, k
+
+
+def second_half(block: Any, x: Tensor) -> Tensor:
+    """`EvaBlock.forward` from there on."""
     y = block.mlp(block.norm2(x))
     y = y if block.gamma_2 is None else block.gamma_2 * y
     z: Tensor = x + block.drop_path2(y)
@@ -117,9 +122,8 @@ class ReducedEvaBlock:
             self,
             x,
             lambda x: dense.forward(x, rope=rope),
-            lambda x, known, reduce: block_forward(
-                self, x, placed(rope, known), known.bias, reduce
-            ),
+            lambda x, known: first_half(self, x, placed(rope, known), known.bias),
+            partial(second_half, self),
             self.attn.scale,
         )
 

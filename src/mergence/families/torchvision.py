@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mergence.families._coarse import CoarseStem, CoarseTokens, can_read_coarsely
 from mergence.families._common import (
-    Reduce,
     linear_macs,
     randomised,
     reduced_forward,
@@ -27,10 +26,14 @@ from mergence.step import BlockStep, Program
 _VIT = "torchvision.models.vision_transformer."
 
 
-def block_forward(block: Any, x: Tensor, bias: Tensor | None, reduce: Reduce) -> Tensor:
-    """`EncoderBlock.forward`, restated with `reduce(x, q, k)` between attention and MLP."""
+def first_half(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`EncoderBlock.forward` up to the MLP, with the attention's q and k."""
     y, q, k = attention(block.self_attention, block.ln_1(x), bias)
-    x = reduce(x + block.dropout(y), q, k)
+    return x + block.dropout(y), q, k
+
+
+def second_half(block: Any, x: Tensor) -> Tensor:
+    """`EncoderBlock.forward` from there on."""
     z: Tensor = x + block.mlp(block.ln_2(x))
     return z
 
@@ -49,7 +52,8 @@ class ReducedBlock:
             self,
             input,
             dense.forward,
-            lambda x, known, reduce: block_forward(self, x, known.bias, reduce),
+            lambda x, known: first_half(self, x, known.bias),
+            partial(second_half, self),
             scale_of(self.self_attention),
         )
 

@@ -112,9 +112,19 @@ def attend(
 
 def _implementation(x: Tensor) -> ModuleType:
     # An exported graph must run where there is no mergence and no Triton.
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if tracing or torch.compiler.is_exporting():
+    if _exporting():
         return dense
     if _TRITON and x.is_cuda and x.dtype in fused.DTYPES:
         return fused
     return cpu if x.device.type == "cpu" else dense
+
+
+def _exporting() -> bool:
+    """Whether a graph is recorded for elsewhere."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or torch.compiler.is_exporting()
+
+
+# Asked once, while a graph is made, and not compiled: torch 2.11 tells what it compiles that it is
+# exported. `torch.compiler.assume_constant_result` does this too, and imports all of torch._dynamo.
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

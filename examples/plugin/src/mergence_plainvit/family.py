@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from mergence import ops
 from mergence.families import (
-    Reduce,
     linear_macs,
     mean_by_size,
     randomised,
@@ -18,19 +18,21 @@ from mergence.families import (
 )
 from mergence.family import Family, ModelSpec
 from mergence.macs import BlockCost, ModelCost
-from mergence.state import Carry
 
 _VIT = "mergence_plainvit.vit."
 
 
-def block_forward(block: Any, x: Tensor, bias: Tensor | None, reduce: Reduce) -> Tensor:
-    """`Block.forward`, restated with `reduce(x, q, k)` between attention and MLP."""
+def first_half(block: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`Block.forward` up to the MLP, with the attention's q and k."""
     a = block.attention
     packed = a.qkv(block.norm1(x))
     q, k, v = packed.unflatten(2, (3, a.heads, a.head_dim)).permute(2, 0, 3, 1, 4)
     y = ops.attend(q, k, v, bias)
-    x = x + a.out(y.transpose(1, 2).flatten(2))
-    x = reduce(x, q, k)
+    return x + a.out(y.transpose(1, 2).flatten(2)), q, k
+
+
+def second_half(block: Any, x: Tensor) -> Tensor:
+    """`Block.forward` from there on."""
     z: Tensor = x + block.mlp(block.norm2(x))
     return z
 
@@ -44,11 +46,14 @@ class ReducedBlock:
         if self._mergence.program.run.disabled:
             y: Tensor = dense.forward(x)
             return y
-
-        def restated(x: Tensor, known: Carry, reduce: Reduce) -> Tensor:
-            return block_forward(self, x, known.bias, reduce)
-
-        return reduced_forward(self, x, dense.forward, restated, self.attention.head_dim**-0.5)
+        return reduced_forward(
+            self,
+            x,
+            dense.forward,
+            lambda x, known: first_half(self, x, known.bias),
+            partial(second_half, self),
+            self.attention.head_dim**-0.5,
+        )
 
 
 class ReducedModel:

@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, which keeps bfloat16 as integers and would multiply
@@ -18,6 +20,11 @@ those."""
 def rowwise(x: Tensor) -> Tensor:
     """The tensor with its last dimension next to each other, as kernels read it."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launched(kernel: Any, x: Tensor) -> Any:
+    """The kernel to launch for `x`: where x is no plain tensor, what puts it into the graph."""
+    return kernel if type(x) is Tensor or INTERPRETED else wrap_triton(kernel)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mergence.ops.kernels._common import INTERPRETED, product, rowwise
+from mergence.ops.kernels._common import INTERPRETED, launched, product, rowwise
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     out = q.new_empty(batch, tokens, heads, dim)
     # Short blocks of keys leave registers for more programs at a time: found by trying on an H200.
     rows, columns = 64 if tokens > 32 else 32, 32
-    _attend[(triton.cdiv(tokens, rows), batch * heads)](
+    launched(_attend, q)[(triton.cdiv(tokens, rows), batch * heads)](
         q,
         k,
         v,
@@ -28,11 +28,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         out,
         tokens,
         heads,
-        dim**-0.5,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
         bias.stride(0),
+        SCALE=dim**-0.5,
         DIM=dim,
         WIDTH=max(triton.next_power_of_2(dim), 16),
         ROWS=rows,
@@ -50,7 +50,7 @@ def attention_of_row(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) ->
     q, k = rowwise(q), rowwise(k)
     out = torch.empty(batch, heads, tokens, device=q.device)
     length = triton.next_power_of_2(tokens)
-    _attention_of_row[(heads, batch)](
+    launched(_attention_of_row, k)[(heads, batch)](
         q,
         k,
         q if bias is None else rowwise(bias),
@@ -58,11 +58,11 @@ def attention_of_row(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) ->
         tokens,
         heads,
         dim,
-        scale,
         q.stride(0),
         q.stride(1),
         *k.stride()[:3],
         0 if bias is None else bias.stride(0),
+        SCALE=scale,
         BIASED=bias is not None,
         LENGTH=length,
         # Blocks of so many numbers fit the registers of a program.
@@ -81,7 +81,6 @@ def _attend(
     out: tl.tensor,
     tokens: tl.tensor,
     heads: tl.tensor,
-    scale: tl.tensor,
     q_image: tl.tensor,
     q_head: tl.tensor,
     q_token: tl.tensor,
@@ -92,6 +91,7 @@ def _attend(
     v_head: tl.tensor,
     v_token: tl.tensor,
     bias_image: tl.tensor,
+    SCALE: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -116,7 +116,7 @@ def _attend(
         value = _tokens(v, j, v_token, tokens, DIM, WIDTH)
         added = tl.load(bias + j, j < tokens, other=float("-inf")).to(tl.float32) * log2e
         logits = product(query, key, tl.zeros([ROWS, COLUMNS], tl.float32), INTERPRETED)
-        logits = logits * (scale * log2e) + added[None, :]
+        logits = logits * (SCALE * log2e) + added[None, :]
         above = tl.maximum(highest, tl.max(logits, 1))
         # Where all keys so far are at minus infinity, their weights are 0 instead of NaN.
         level = tl.where(above == float("-inf"), 0.0, above)
@@ -159,13 +159,13 @@ def _attention_of_row(
     tokens: tl.tensor,
     heads: tl.tensor,
     dim: tl.tensor,
-    scale: tl.tensor,
     q_image: tl.tensor,
     q_head: tl.tensor,
     k_image: tl.tensor,
     k_head: tl.tensor,
     k_token: tl.tensor,
     bias_image: tl.tensor,
+    SCALE: tl.constexpr,
     BIASED: tl.constexpr,
     LENGTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -183,7 +183,7 @@ def _attention_of_row(
             k + n[:, None] * k_token + d[None, :], there[:, None] & (d < dim)[None, :], other=0.0
         )
         logits += tl.sum(key.to(tl.float32) * query[None, :], 1)
-    logits *= scale
+    logits *= SCALE
     if BIASED:
         logits += tl.load(bias + image * bias_image + n, there, other=0.0).to(tl.float32)
     logits = tl.where(there, logits, float("-inf"))

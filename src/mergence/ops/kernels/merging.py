@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mergence.ops.kernels._common import rowwise
+from mergence.ops.kernels._common import launched, rowwise
 
 
 def merge(
@@ -21,7 +21,7 @@ def merge(
     merged_size = size.new_empty(batch, slots)
     width = triton.next_power_of_2(channels)
     length = triton.next_power_of_2(tokens - prefix)
-    _merge[(prefix + slots, batch)](
+    launched(_merge, x)[(prefix + slots, batch)](
         x,
         size.contiguous(),
         slot.contiguous(),

@@ -9,13 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mergence.ops.kernels._common import launched
+
 
 def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Split tokens by score; see `mergence.ops.split`."""
     batch, tokens = score.shape
     order = torch.empty_like(score, dtype=torch.int64, memory_format=torch.contiguous_format)
     place = torch.empty_like(order)
-    _split[(batch,)](
+    launched(_split, score)[(batch,)](
         score.float().contiguous(),
         order,
         place,
