@@ -27,6 +27,23 @@ with FakeTensorMode():
         print(name, known(getattr(operators, name)(*given)))
 """
 
+COMPILED = """
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from mergence.ops import fused
+from mergence.plan import MergePlan
+
+def stop(graph, inputs):
+    print([str(node.target) for node in graph.graph.nodes])
+    raise SystemExit
+
+size = torch.ones(1, 4)
+plan = MergePlan(torch.tensor([[0, 1, 1, 0]]), size, 2, keep_norm=True)
+backend = aot_autograd(fw_compiler=stop)
+step = torch.compile(lambda x: fused.merge(x, size, plan, 1)[0], fullgraph=True, backend=backend)
+step(torch.randn(1, 5, 16, requires_grad=True))
+"""
+
 
 def arguments(place: Any) -> dict[str, tuple[Any, ...]]:
     """Arguments for each operator."""
@@ -51,6 +68,20 @@ def known(found: Tensor | tuple[Tensor, ...]) -> list[Any]:
     return [(tuple(t.shape), t.stride(), str(t.dtype)) for t in found]
 
 
+def uninterpreted(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own: kernels that are interpreted have no graph."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+
+
 @pytest.mark.slow
 def test_torch_knows_what_the_kernels_return(place: torch.device) -> None:
     from mergence.ops import kernels
@@ -59,18 +90,16 @@ def test_torch_knows_what_the_kernels_return(place: torch.device) -> None:
         f"{name} {known(getattr(kernels, name)(*given))}"
         for name, given in arguments(place).items()
     ]
-    # In a process of its own, as kernels that are interpreted have no graph.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
-    done = subprocess.run(
-        [sys.executable, "-c", UNSEEN],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment,
-    )
+    done = uninterpreted(UNSEEN)
     assert done.stdout.splitlines() == expected, done.stderr
+
+
+@pytest.mark.slow
+def test_a_compiled_graph_holds_the_kernel_also_where_a_gradient_is_wanted() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = uninterpreted(COMPILED)
+    assert "triton_kernel_wrapper_functional" in done.stdout, done.stderr
+    assert "mergence" not in done.stdout
 
 
 @pytest.mark.slow
