@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergence.plan import MergePlan
-from mergence.planning import join, keep_highest
+from mergence.planning import keep_highest
 
 SIDE = 2
 """Rows and columns of patches in a region."""
@@ -92,15 +92,17 @@ def plan(change: Tensor, grid: tuple[int, int], regions: int) -> tuple[MergePlan
     norm = torch.linalg.vector_norm(change.detach(), dim=2, dtype=exact).float()
     loss = F.avg_pool2d((norm.square() / change.shape[2]).reshape(-1, 1, *grid), SIDE).squeeze(1)
     loss = loss.clamp(min=torch.finfo(loss.dtype).tiny).log() - _distance(rows, columns, loss)
-    chosen = spread(
-        (keep_highest(-loss.flatten(1), regions).place < regions).reshape(-1, rows, columns), grid
-    )
-    position = torch.arange(change.shape[1], device=change.device)
-    row, column = position // grid[1], position % grid[1]
-    first = row // SIDE * SIDE * grid[1] + column // SIDE * SIDE
-    moves = torch.where(chosen, first, position)
+    region = keep_highest(-loss.flatten(1), regions).place < regions
+    chosen = spread(region.reshape(-1, rows, columns), grid)
+    # Every patch stays but three of each chosen region, which follow its first.
+    corner = torch.ones(rows, 1, columns, 1, dtype=torch.bool, device=change.device)
+    corner = F.pad(corner, (0, SIDE - 1, 0, 0, 0, SIDE - 1)).flatten(2).flatten(0, 1)
+    stays = ~chosen | _padded(corner[None, :, :, None], grid).flatten()
+    own = stays.cumsum(dim=1) - 1
+    first = own.reshape(-1, *grid)[:, : rows * SIDE : SIDE, : columns * SIDE : SIDE]
+    slot = torch.where(chosen, spread(first, grid), own)
     slots = change.shape[1] - regions * (SIDE**2 - 1)
-    return join(moves, torch.ones_like(moves.float()), slots), chosen, loss
+    return MergePlan(slot, torch.ones_like(norm), slots), chosen, loss
 
 
 def spread(regions: Tensor, grid: tuple[int, int]) -> Tensor:

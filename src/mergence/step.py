@@ -225,8 +225,7 @@ class Program:
             # Each patch of a chosen region takes its embedding; their mean has the mean position.
             taken = torch.addcmul(x[:, self.prefix :], change, chosen.unsqueeze(2).to(x.dtype))
             x = torch.cat((x[:, : self.prefix], taken), dim=1)
-            size = torch.ones(fine.shape[:2], device=x.device)
-            x, run.carry = self.merged(x, size, Carry(fine.shape[1], run.grid), plan)
+            x, run.carry = self.merged(x, plan.weight, Carry(fine.shape[1], run.grid), plan)
         if run.observer is not None:
             run.observer.reduced(0, run.carry, plan, coarse.spread(loss, run.grid).exp())
         return x

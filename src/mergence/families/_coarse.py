@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from mergence.step import Program
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 class CoarseStem:
     """Mixed into a patch embedding, a convolution: it embeds the image at half size as well.
@@ -31,7 +33,7 @@ class CoarseStem:
 
     def _conv_forward(self: Any, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         program: Program = self._mergence
-        if image.dtype != torch.float32 and program.reduces and not program.run.disabled:
+        if image.dtype in HALF and program.reduces and not program.run.disabled:
             return as_product(image, weight, bias)
         dense: Any = super(CoarseStem, self)
         y: Tensor = dense._conv_forward(image, weight, bias)
