@@ -51,6 +51,22 @@ def test_timings_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "old" not in text
 
 
+def test_a_page_says_what_was_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = json.loads((HERE / "results" / "h200-parts.json").read_text())
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "h200-parts.json").write_text(json.dumps(given))
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- speed: made by benchmarks/speed/render.py -->\n<!-- /speed -->\n")
+    folders = ("--results", str(results), "--docs", str(tmp_path), "--readme", str(readme))
+    monkeypatch.setattr(sys, "argv", ["render.py", *folders])
+    runpy.run_path(str(HERE / "render.py"), run_name="__main__")
+    page = (tmp_path / "speed.md").read_text()
+    assert given["note"] in page
+    (compiled, *_) = [line for line in page.splitlines() if "compile, batch 128" in line]
+    assert compiled.endswith("| – | – |")  # two methods of four
+
+
 def test_without_results_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

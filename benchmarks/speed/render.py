@@ -15,7 +15,7 @@ START, END = "<!-- speed: made by benchmarks/speed/render.py -->", "<!-- /speed 
 INTRO = """# Speed
 
 Made by `python benchmarks/speed/render.py` from the files in `benchmarks/speed/results`; each of
-those was made by one command on one device:
+those was made by one command on one device, where nothing else is said:
 
 ```sh
 python benchmarks/speed/run.py --out benchmarks/speed/results/NAME.json
@@ -88,6 +88,8 @@ def _machine(name: str, result: dict[str, Any]) -> str:
         f"multiples of {result['align']}."
     )
     lines = [f"## {name.replace('-', ' ')}", "", machine, ""]
+    if "note" in result:
+        lines += [result["note"], ""]
     if result["left_out"]:
         lines += [f"Left out: {'; '.join(result['left_out'])}.", ""]
     for table in result["tables"]:
@@ -109,7 +111,8 @@ def _table(table: dict[str, Any]) -> list[str]:
         heads = " | ".join(f"`{name.split('@')[0]}`" for name in at)
         lines += [f"| {budget} of the MACs | dense ms | {heads} |", "|---" * (len(at) + 2) + "|"]
         for (dtype, mode, batch), rows in settings.items():
-            cells = [_cell(rows[name], [rows[other] for other in at]) for name in at]
+            timed = [rows[name] for name in at if name in rows]
+            cells = [_cell(rows[name], timed) if name in rows else "–" for name in at]
             what = f"{dtype}, {mode}, batch {batch}"
             lines.append(f"| {what} | {rows['dense']['ms']:.1f} | {' | '.join(cells)} |")
         for (dtype, batch), rows in profiles.items():

@@ -70,7 +70,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {
         "machine": platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": _capability(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -110,6 +110,12 @@ def main() -> None:
                 )
             result["tables"].append(table.to_dict())
             _write(result, arguments.out)
+
+
+def _capability(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
