@@ -52,6 +52,16 @@ def test_eval_writes_the_documented_json(images: Path, tmp_path: Path) -> None:
     assert "tome" in result.output
 
 
+def test_eval_measures_every_method_at_every_budget(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = ("eval", "demo", "--data", images, "--method", "tome", "--method", "topk")
+    assert run(*command, "--macs", "0.67", "--macs", "0.5", "--json", out).exit_code == 0
+    rows = {row["name"]: row["macs_ratio"] for row in json.loads(out.read_text())["results"]}
+    assert list(rows) == ["dense", "tome@0.67", "tome@0.5", "topk@0.67", "topk@0.5"]
+    for name, share in rows.items():
+        assert share == pytest.approx(float(name.partition("@")[2] or 1), abs=0.01)
+
+
 def test_eval_names_and_skips_an_unreadable_image(images: Path, tmp_path: Path) -> None:
     broken = next(images.glob("*/*.png"))
     broken.write_bytes(broken.read_bytes()[:60])

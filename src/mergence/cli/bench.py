@@ -22,7 +22,7 @@ def bench(
     model: o.Model,
     method: o.Methods = None,
     recipe: o.Recipes = None,
-    macs: o.Macs = None,
+    macs: o.ManyMacs = None,
     keep_rate: o.KeepRate = None,
     set_: o.Set = None,
     device: o.Device = "auto",
@@ -95,12 +95,12 @@ def _table(result: Benchmark) -> None:
         memory = rows[0].peak_mib is not None
         title = ", ".join(setting)
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("batch", justify="right")
+        table.add_column("batch", justify="right", no_wrap=True)
         table.add_column("method", no_wrap=True)
         headings = ("ms", "speed-up", "MACs", "of ideal")
         for heading in (*headings, "MiB") if memory else headings:
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
+        table.add_column("verdict")
         for row in rows:
             spread = (row.ms_high - row.ms_low) / 2
             numbers = (

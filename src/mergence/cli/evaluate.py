@@ -17,7 +17,7 @@ def evaluate(
     ],
     method: o.Methods = None,
     recipe: o.Recipes = None,
-    macs: o.Macs = None,
+    macs: o.ManyMacs = None,
     keep_rate: o.KeepRate = None,
     set_: o.Set = None,
     checkpoint: o.Checkpoint = None,

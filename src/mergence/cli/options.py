@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +39,13 @@ OneMethod = Annotated[
 OneRecipe = Annotated[Path | None, typer.Option("--recipe", help="A recipe file instead.")]
 Macs = Annotated[
     float | None, typer.Option(help="Share of the dense MACs to keep, for example 0.67.")
+]
+ManyMacs = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--macs",
+        help="Share of the dense MACs to keep, for example 0.67. May be given several times.",
+    ),
 ]
 KeepRate = Annotated[
     float | None, typer.Option(help="Share of the tokens to keep at blocks 4, 7 and 10 of 12.")
@@ -145,7 +153,7 @@ def method_of(name: str, settings: Sequence[str] | None) -> Method:
 def recipes_of(
     methods: Sequence[str] | None,
     files: Sequence[Path] | None,
-    macs: float | None,
+    macs: Sequence[float] | None,
     keep_rate: float | None,
     settings: Sequence[str] | None,
     saved: Path | None,
@@ -153,7 +161,7 @@ def recipes_of(
     """Turn the reduction options into recipes by name.
 
     Where no method is named, it is the default one; where nothing is asked for at all, the recipe
-    that was saved with the model.
+    that was saved with the model. Several shares of the MACs make a recipe each for every method.
 
     Raises:
         OptionError: The options contradict each other.
@@ -162,14 +170,16 @@ def recipes_of(
     from mergence.saving import RECIPE
 
     options = settings_of(settings)
-    if saved and not (methods or files or options) and macs is None and keep_rate is None:
+    if saved and not (methods or files or options or macs) and keep_rate is None:
         own = Recipe.load(saved / RECIPE)
         return {own.method.name: own}
     recipes: dict[str, Recipe] = {}
     if not files or methods:
-        for method in methods or ["mergence"]:
-            recipes[method] = make(method, macs=macs, keep_rate=keep_rate, **options)
-    elif macs is not None or keep_rate is not None or options:
+        shares: Sequence[float | None] = macs or [None]
+        for method, share in product(methods or ["mergence"], shares):
+            name = f"{method}@{share:g}" if len(shares) > 1 else method
+            recipes[name] = make(method, macs=share, keep_rate=keep_rate, **options)
+    elif macs or keep_rate is not None or options:
         raise OptionError(
             "A recipe already says how much to reduce and how. Leave out --macs, --keep-rate and "
             "--set, or name a --method that they are meant for."
@@ -199,7 +209,8 @@ def recipe_of(
     if method and file:
         raise OptionError("--method and --recipe each say how to reduce. Give only one of them.")
     methods, files = [method] if method else [], [file] if file else []
-    (recipe,) = recipes_of(methods, files, macs, keep_rate, settings, saved).values()
+    share = None if macs is None else [macs]
+    (recipe,) = recipes_of(methods, files, share, keep_rate, settings, saved).values()
     return recipe
 
 
