@@ -54,7 +54,7 @@ def reduced_forward(
     if slots is not None:
         learned = getattr(block, LEARNED, None)
         x, carry = step.reduce(x, q, k, scale, carry, slots, learned, *pairs)
-    del q, k, pairs  # as large as what the MLP makes
+    del q, k, pairs  # else they would be in memory while the MLP runs
     y = mlp(x)
     run.lap("mlp")
     step.leave(y, carry)
