@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from typing import Any
 
 import pytest
 
-# In a process of its own, as Triton interprets in this one where there is no GPU.
 CODE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -57,16 +54,8 @@ print("compiled")
 
 
 @pytest.mark.slow
-def test_the_kernels_compile_and_fit() -> None:
+def test_the_kernels_compile_and_fit(uninterpreted: Any) -> None:
     nvidia = pytest.importorskip("triton.backends.nvidia", reason="no Triton for NVIDIA here")
     assert nvidia
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment,
-    )
+    done = uninterpreted(CODE)
     assert done.stdout.strip() == "compiled", done.stderr

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,22 +64,8 @@ def known(found: Tensor | tuple[Tensor, ...]) -> list[Any]:
     return [(tuple(t.shape), t.stride(), str(t.dtype)) for t in found]
 
 
-def uninterpreted(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own: kernels that are interpreted have no graph."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment,
-    )
-
-
 @pytest.mark.slow
-def test_torch_knows_what_the_kernels_return(place: torch.device) -> None:
+def test_torch_knows_what_the_kernels_return(place: torch.device, uninterpreted: Any) -> None:
     from mergence.ops import kernels
 
     expected = [
@@ -95,7 +77,9 @@ def test_torch_knows_what_the_kernels_return(place: torch.device) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_graph_holds_the_kernel_also_where_a_gradient_is_wanted() -> None:
+def test_a_compiled_graph_holds_the_kernel_also_where_a_gradient_is_wanted(
+    uninterpreted: Any,
+) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     done = uninterpreted(COMPILED)
     assert "triton_kernel_wrapper_functional" in done.stdout, done.stderr
@@ -104,13 +88,16 @@ def test_a_compiled_graph_holds_the_kernel_also_where_a_gradient_is_wanted() -> 
 
 @pytest.mark.slow
 def test_torch_finds_nothing_wrong_with_the_operators(place: torch.device) -> None:
-    if place.type != "cuda":
-        pytest.skip("kernels that are interpreted have no graph; this needs a GPU")
     from mergence.ops import operators
 
+    # Kernels that are interpreted have no graph, so the checks that make one need a GPU.
+    checks = ["test_schema", "test_autograd_registration"]
+    if place.type == "cuda":
+        checks += ["test_faketensor", "test_aot_dispatch_dynamic"]
     for name, given in arguments(place).items():
-        getattr(operators, name)  # registered
-        torch.library.opcheck(getattr(torch.ops.mergence, name).default, given)
+        if name == "merge":
+            given[0].requires_grad_()
+        torch.library.opcheck(getattr(operators, name), given, test_utils=checks)
 
 
 @pytest.mark.slow
