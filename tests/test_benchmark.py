@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mergence
-from mergence import demo, family
+from mergence import benchmark, demo, family
 from mergence.benchmark import Row, bench, judged, row_of, take_turns
 from mergence.errors import OptionError
 from mergence.recipe import make
@@ -71,6 +72,27 @@ def test_all_take_turns_and_the_first_turn_does_not_count() -> None:
     times = take_turns(calls, torch.zeros(1), seconds=0, rounds=3)  # type: ignore[arg-type]
     assert order == ["dense", "a", "b"] * 4
     assert [len(t) for t in times.values()] == [3, 3, 3]
+
+
+def test_an_accelerator_is_timed_at_work_and_not_at_its_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A device with 10 ms of work in each call, and 2 ms until it begins after a pause."""
+    now, queued = 0.0, 0.0
+
+    def call(_: object) -> None:
+        nonlocal queued
+        queued += 0.010
+
+    def synchronise(_: object) -> None:
+        nonlocal now, queued
+        now, queued = now + queued + (0.002 if queued else 0.0), 0.0
+
+    monkeypatch.setattr(benchmark, "synchronise", synchronise)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now)
+    images = SimpleNamespace(device=torch.device("cuda"))
+    times = take_turns({"dense": call}, images, seconds=0, rounds=3)  # type: ignore[arg-type]
+    assert times == {"dense": pytest.approx([10.4] * 3)}  # five calls, one pause
 
 
 def test_a_real_run_has_a_row_for_each_setting_and_leaves_the_model_alone() -> None:

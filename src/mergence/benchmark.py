@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import platform
 import statistics
 import time
@@ -29,6 +30,8 @@ MODES: dict[str, str | None] = {
 """How a model is run, and the `torch.compile` mode that stands for it."""
 PAYS, SLOWER = 1.05, 0.97
 """Speed-ups from which on a reduction pays, and below which it makes things worse."""
+TURN = 50.0
+"""Milliseconds that a turn lasts, where a device works on what it was given while calls go on."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Row:
         batch: Images in a batch.
         dtype: Type of weights and images.
         mode: `eager`, `compile` or `cudagraphs`.
-        ms: Median milliseconds of one forward.
+        ms: Median milliseconds of one forward; on an accelerator, of one in an unbroken row.
         ms_low: First quartile of the same.
         ms_high: Third quartile of the same.
         images_per_s: Images per second at the median.
@@ -102,6 +105,10 @@ def bench(
 
     In each setting all of them take turns, so that a machine that drifts drifts for all. The first
     turn warms up and does not count. Quote the ratios of one run, not the times of two.
+
+    On an accelerator a turn is a row of forwards that nobody waits for in between, 50 ms or longer,
+    as in `torch.utils.benchmark`: so it is the device that is timed, as long as it is behind, and
+    not how quickly a forward begins after an idle one.
 
     Args:
         model: A model of a known family; it is copied and left as it was.
@@ -264,18 +271,33 @@ def take_turns(
 
     With `torch.backends.cudnn.benchmark`; see `mergence.devices.convolutions_tried`.
     """
-    for call in calls.values():
-        call(images)
+    number = {name: _warmed_up(call, images) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while len(times[DENSE]) < rounds or time.perf_counter() < end:
         for name, call in calls.items():
-            synchronise(images.device)
-            start = time.perf_counter()
-            call(images)
-            synchronise(images.device)
-            times[name].append(1000 * (time.perf_counter() - start))
+            times[name].append(_elapsed(call, images, number[name]) / number[name])
     return times
+
+
+def _warmed_up(call: Callable[[Tensor], Any], images: Tensor) -> int:
+    """Call until everything is compiled; how many calls make a turn."""
+    call(images)
+    if images.device.type == "cpu":  # a call has ended when it returns
+        return 1
+    call(images)  # when a CUDA graph is recorded
+    call(images)
+    return math.ceil(TURN / _elapsed(call, images, 1))
+
+
+def _elapsed(call: Callable[[Tensor], Any], images: Tensor, number: int) -> float:
+    """Milliseconds of so many calls one after the other."""
+    synchronise(images.device)
+    start = time.perf_counter()
+    for _ in range(number):
+        call(images)
+    synchronise(images.device)
+    return 1000 * (time.perf_counter() - start)
 
 
 def _profiles(
