@@ -19,6 +19,7 @@ from mergence.train import Config, fit
 from mergence.train.build import recipes_of
 from mergence.train.levels import Choice, Reducer
 from mergence.train.objective import Objective
+from mergence.train.teacher import teacher_of
 
 Build = Callable[..., Config]
 FULL = Choice("mergence 0.67", 1.0)
@@ -30,9 +31,10 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def made(config: Config) -> tuple[nn.Module, Objective]:
-    model = load_model(config.model).model
-    reducer = Reducer(model, recipes_of(config))
-    return model, Objective(config, model, reducer)
+    student = load_model(config.model)
+    reducer = Reducer(student.model, recipes_of(config))
+    teacher = teacher_of(config, student, student.label_names or ())
+    return student.model, Objective(config, student.model, reducer, teacher)
 
 
 def dense_and_token(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,8 +60,9 @@ class Config:
     # What the literature found to matter; sources in `mergence.train.levels` and `.objective`.
     reduction_warmup: float = _option("Epochs from dense to the full reduction (EViT).", 0.0)
     reduce_epochs: str = _option("Epochs with reduction: all, none, or as in 1-8,10,12-.", "all")
-    teacher: Literal["initial", "self"] = _option(
-        "Dense model to learn from: as before training (DynamicViT), or its own weights (MCTF).",
+    teacher: str = _option(
+        "Whom to learn from: initial, the dense model as before training (DynamicViT), self, its "
+        "own weights (MCTF), or another model, named as model is (DeiT).",
         "initial",
     )
     label_loss: float = _option(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mergence.api import remove
 from mergence.distances import kl_divergence
 from mergence.errors import OptionError, UnsupportedModelError
 from mergence.outputs import answer
@@ -21,15 +19,14 @@ CONFIDENT = 0.4
 
 
 class Objective:
-    """The loss of a batch, with the dense model as a teacher where the configuration asks for it.
+    """The loss of a batch, with a teacher where the configuration asks for it.
 
     `label_loss` times the cross entropy with the labels; 0 leaves everything to the teacher (Hinton
     et al., arXiv 1503.02531). Few images that the model has seen in its training teach it little by
     their labels and much by its own dense answers.
 
-    The teacher is the dense model itself: either as it was before training, as DynamicViT (arXiv
-    2106.02034) distils, or the same weights at this moment without reduction, as in MCTF (arXiv
-    2403.10030). It adds
+    A teacher that is fixed (`mergence.train.teacher`), or the same weights at this moment without
+    reduction, as in MCTF (arXiv 2403.10030), adds
 
     * `distill` times the divergence of the answer from the teacher's, at a temperature;
     * `consistency` times the squared distance of the class token, before the classifier, from the
@@ -42,13 +39,21 @@ class Objective:
         config: Weights of the parts.
         model: The model, before it is wrapped.
         reducer: What lets it follow a choice.
+        teacher: Who is learned from besides the labels; None is the model's own dense path.
 
     Raises:
-        OptionError: There is nothing to learn from, or the teacher would know nothing.
-        UnsupportedModelError: The model's class token cannot be found.
+        OptionError: There is nothing to learn from, or the teacher's class token is of another
+            length.
+        UnsupportedModelError: A class token cannot be found.
     """
 
-    def __init__(self, config: Config, model: nn.Module, reducer: Reducer) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        reducer: Reducer,
+        teacher: nn.Module | None = None,
+    ) -> None:
         self.config = config
         self.reducer = reducer
         self.taught = bool(config.distill or config.consistency or config.dense_loss)
@@ -57,20 +62,18 @@ class Objective:
                 "Nothing is left to learn from: label_loss is 0, and so are distill, consistency "
                 "and dense_loss. Give distill 1 to learn from the dense model alone."
             )
-        self.own = config.teacher == "self" or bool(config.dense_loss)
-        self.teacher: nn.Module | None = None
-        if self.taught and not self.own:
-            if config.scratch or config.new_head:
-                raise OptionError(
-                    "The model has nothing to teach before it is trained (scratch, new_head). "
-                    "Learn from its own dense path: teacher self, best with dense_loss 1."
-                )
-            self.teacher = remove(copy.deepcopy(model)).eval().requires_grad_(False)
+        self.teacher = teacher
         self.token = self.teacher_token = None
         if config.consistency:
             self.token = self.teacher_token = _ClassifierInput(model)
-            if self.teacher is not None:
-                self.teacher_token = _ClassifierInput(self.teacher)
+            if teacher is not None:
+                self.teacher_token = _ClassifierInput(teacher)
+            if self.teacher_token.width != self.token.width:
+                raise OptionError(
+                    f"The class token of the teacher '{config.teacher}' has "
+                    f"{self.teacher_token.width} numbers and the model's {self.token.width}, so "
+                    "they have no distance. Leave out consistency; distill compares answers."
+                )
 
     def __call__(self, model: nn.Module, x: Tensor, soft: Tensor, choice: Choice) -> Tensor:
         """Losses of each image.
@@ -86,7 +89,7 @@ class Objective:
         """
         config = self.config
         # In a dense step the model would be its own teacher.
-        taught = self.taught and not (self.own and choice.strength == 0)
+        taught = self.taught and (self.teacher is not None or choice.strength > 0)
         dense, dense_token = self._dense(model, x) if taught else (None, None)
         self.reducer.select(choice)
         logits = answer(model(x)).float()
@@ -126,6 +129,7 @@ class _ClassifierInput:
                 f"The classifier of this {type(model).__name__} is no linear layer, so consistency "
                 "of the class token cannot be asked for. Leave it out; distill needs no token."
             )
+        self.width = head.in_features
         self._last: Tensor | None = None
         head.register_forward_pre_hook(self._note)
 

@@ -24,6 +24,7 @@ from mergence.train.logs import Row
 from mergence.train.objective import Objective
 from mergence.train.seeding import seed_all
 from mergence.train.targets import Targets
+from mergence.train.teacher import teacher_of
 from mergence.train.validation import DENSE, Score, validate
 
 
@@ -105,7 +106,8 @@ class Run:
         self._template = copy.deepcopy(model)
         model.to(self.accelerator.device).train()
         self.ema = self._averaged(model) if config.ema else None
-        self.objective = Objective(config, model, self.reducer)
+        teacher = teacher_of(config, self.loaded, self.class_names)
+        self.objective = Objective(config, model, self.reducer, teacher)
         optimizer = build.optimizer_of(model, config)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = build.schedule_of(self.optimizer, config, self.feed.steps)
@@ -135,8 +137,8 @@ class Run:
     def validate(self) -> dict[str, Score]:
         """Scores of the dense path and of each recipe; of the averaged weights, if there are any.
 
-        They are compared with the teacher where it is the model as it was before training, and
-        otherwise with the dense path. Empty without validation images.
+        They are compared with the teacher where it is fixed, and otherwise with the dense path.
+        Empty without validation images.
         """
         if self.val is None:
             return {}
