@@ -141,8 +141,8 @@ def bench(
         ratios = {n: 1.0 if n == DENSE else describe(m).macs_ratio for n, m in models.items()}
         layout = _layout(models[DENSE], input_size, device, dtype)
         for mode in modes:
-            calls = {name: _callable(one, mode) for name, one in models.items()}
             for batch in batches:
+                calls = {name: _callable(one, mode) for name, one in models.items()}
                 images = _images(batch, input_size, device, dtype, layout)
                 times = take_turns(calls, images, seconds, rounds)
                 dense = statistics.median(times[DENSE])
@@ -259,7 +259,7 @@ def _callable(model: nn.Module, mode: str) -> Callable[[Tensor], Any]:
     # eight. The models share one, that of their class's forward, so each gets another around it.
     code = forward.__code__.replace(co_name=f"forward_of_{id(model)}")
     own = FunctionType(code, forward.__globals__, closure=forward.__closure__)
-    call: Callable[[Tensor], Any] = torch.compile(own, fullgraph=True, mode=compiled)
+    call: Callable[[Tensor], Any] = torch.compile(own, fullgraph=True, dynamic=False, mode=compiled)
     return call
 
 

@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from mergence.errors import CheckpointError, TrainingError
+from mergence.errors import CheckpointError, TrainingError, UnsupportedModelError
 from mergence.train import Config, Status, checkpoint, fit
 from mergence.train.loop import _Loop
 from mergence.train.run import Run
@@ -97,10 +98,12 @@ def test_a_request_to_stop_is_heard_between_steps(
     config: Build, tmp_path: Path, uninterrupted: list[bytes], number: int
 ) -> None:
     def report(status: Status) -> None:
-        if status.update == 2:
-            os.kill(os.getpid(), number)
+        if status.update == 2:  # a terminal or a scheduler tells all processes of a job
+            job = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
+            subprocess.run(["kill", f"-{number}", *map(str, job)], check=True)
+            time.sleep(0.2)
 
-    settings = config(**EVERYTHING | {"save_every": 100})
+    settings = config(**EVERYTHING | {"save_every": 100, "workers": 1})
     before = signal.getsignal(number)
     with pytest.raises(TrainingError, match=r"Stopped on request .* after step 2; its state"):
         fit(settings, report=report)
@@ -191,6 +194,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert kept == ["step-000000001", "step-000000002"]
     fit(settings, resume=True)
     assert results(tmp_path / "run") == uninterrupted
+
+
+def test_what_is_wrong_with_a_model_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    def fill(place: Path) -> None:
+        raise UnsupportedModelError("It cannot be built again.")
+
+    with pytest.raises(UnsupportedModelError, match=r"^It cannot be built again\.$"):
+        checkpoint.write_folder(tmp_path / "model", fill)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

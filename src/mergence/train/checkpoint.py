@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergence.errors import CheckpointError
+from mergence.errors import CheckpointError, MergenceError
 
 KEEP = 2
 """Checkpoints that stay; the one before the last is there in case a disk damages the last."""
@@ -53,6 +53,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
     Raises:
         CheckpointError: It cannot be written; what was there before still is.
+        MergenceError: What `fill` raises.
     """
     partial = folder.with_name(folder.name + _PARTIAL)
     old = folder.with_name(folder.name + ".old" + _PARTIAL)
@@ -71,6 +72,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         _flush(folder.parent)
     except Exception as error:  # OSError, and what safetensors and torch make of one
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, MergenceError):  # it is not the disk
+            raise
         raise CheckpointError(
             f"'{folder}' cannot be written: {error}. Make room, or correct the folder's rights; "
             "earlier checkpoints are untouched, and --resume goes on from the last one."

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mergence.data import Batch, ImageData, Sample, Skipped, collate
 from mergence.train.seeding import seed_at, seeded
+from mergence.train.signals import outlive_first
 
 Key = tuple[int, int]
 """Epoch and index of an image: how it is augmented depends on both."""
@@ -78,6 +79,7 @@ class Feed:
             num_workers=self.workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=outlive_first,
         )
         batches = iter(loader)
         for step in range(start, self.steps):

@@ -40,3 +40,17 @@ class Requests:
         traceback: TracebackType | None,
     ) -> None:
         self._restore()
+
+
+def outlive_first(worker: int) -> None:
+    """For a DataLoader: let a process that reads images survive the first SIGINT or SIGTERM.
+
+    Terminals and schedulers send it to all processes of a run, which needs images until the end of
+    its step. torch's own handler ends a worker at once, and the run with it.
+    """
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)

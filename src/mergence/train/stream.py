@@ -17,6 +17,7 @@ from mergence.sources import decode
 from mergence.train.feed import Seat
 from mergence.train.seeding import seed_at, seeded
 from mergence.train.shards import Encoded, Shards, open_shards
+from mergence.train.signals import outlive_first
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -212,7 +213,9 @@ class StreamFeed:
         """The pieces of each step of an epoch, from step `start` on."""
         # Workers may be sent what they read, and cannot be sent what ties the processes together.
         reader = _Reader(replace(self, anyone=bool), epoch, start * self.pieces)
-        loader: Iterable[Any] = DataLoader(reader, batch_size=None, num_workers=self.workers)
+        loader: Iterable[Any] = DataLoader(
+            reader, batch_size=None, num_workers=self.workers, worker_init_fn=outlive_first
+        )
         batches: Iterator[Batch] = iter(loader)
         step = 0
         while True:
