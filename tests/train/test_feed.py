@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from collections import Counter
 from dataclasses import replace
@@ -70,6 +71,22 @@ def test_an_image_is_augmented_by_its_epoch_and_place_alone(data: ImageData, wor
     assert list(first) != list(other)
     assert not any(torch.equal(first[name], other[name]) for name in first)
     assert all(len(set(draws.tolist())) == 3 for draws in first.values())
+
+
+def test_processes_that_read_outlive_an_epoch(data: ImageData) -> None:
+    feed = Feed(data, 16, workers=2)
+    seen = []
+    for number in range(3):
+        everything(epoch(feed, number))
+        seen.append({process.pid for process in multiprocessing.active_children()})
+    assert len(seen[0]) == 2
+    assert seen == [seen[0]] * 3
+    broken_off = feed.epoch(3)
+    next(broken_off)
+    broken_off.close()
+    expected = everything(epoch(Feed(data, 16), 4))
+    found = everything(epoch(feed, 4))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_reading_leaves_the_generators_alone(data: ImageData) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -34,6 +35,16 @@ class _Augmented(Dataset[Sample | Skipped]):
     def __getitem__(self, key: Key) -> Sample | Skipped:
         with seeded(self.seed, "image", *key):
             return self.data[key[1]]
+
+
+@dataclass
+class _Keys:
+    """The batches of the epoch under way, for a loader that outlives it."""
+
+    now: Iterable[list[Key]] = ()
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self.now)
 
 
 @dataclass(frozen=True)
@@ -72,18 +83,27 @@ class Feed:
         """The pieces of each step of an epoch, from step `start` on."""
         order = self._order(epoch)
         plan = (self._pieces(order, step) for step in range(start, self.steps))
-        keys = ([(epoch, i) for i in piece] for pieces in plan for piece in pieces)
-        loader: DataLoader[Sample | Skipped] = DataLoader(
+        self._keys.now = ([(epoch, i) for i in piece] for pieces in plan for piece in pieces)
+        batches = iter(self._loader)
+        for step in range(start, self.steps):
+            yield [next(batches) for _ in self._pieces(order, step)]
+
+    @cached_property
+    def _keys(self) -> _Keys:
+        return _Keys()
+
+    @cached_property
+    def _loader(self) -> DataLoader[Sample | Skipped]:
+        """Its workers stay from epoch to epoch: starting them takes longer than small epochs do."""
+        return DataLoader(
             _Augmented(self.data, self.seed),
-            batch_sampler=keys,
+            batch_sampler=self._keys,
             num_workers=self.workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=outlive_first,
+            persistent_workers=self.workers > 0,
         )
-        batches = iter(loader)
-        for step in range(start, self.steps):
-            yield [next(batches) for _ in self._pieces(order, step)]
 
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
