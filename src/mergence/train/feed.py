@@ -94,7 +94,7 @@ class Feed:
 
     @cached_property
     def _loader(self) -> DataLoader[Sample | Skipped]:
-        """Its workers stay from epoch to epoch: starting them takes longer than small epochs do."""
+        """What reads for every epoch: starting workers anew would cost short epochs dearly."""
         return DataLoader(
             _Augmented(self.data, self.seed),
             batch_sampler=self._keys,
