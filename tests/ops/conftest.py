@@ -22,7 +22,8 @@ def place() -> torch.device:
 def uninterpreted() -> Callable[[str], subprocess.CompletedProcess[str]]:
     """Run code, which can import these tests, in a process where Triton does not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 
     def run(code: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
