@@ -70,14 +70,15 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             folder.rename(old)
         partial.rename(folder)
         _flush(folder.parent)
+    except MergenceError:  # it is not the disk
+        raise
     except Exception as error:  # OSError, and what safetensors and torch make of one
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, MergenceError):  # it is not the disk
-            raise
         raise CheckpointError(
             f"'{folder}' cannot be written: {error}. Make room, or correct the folder's rights; "
             "earlier checkpoints are untouched, and --resume goes on from the last one."
         ) from error
+    finally:  # once it has its name nothing is left here
+        shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
