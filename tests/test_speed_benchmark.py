@@ -67,6 +67,21 @@ def test_a_page_says_what_was_not_timed(tmp_path: Path, monkeypatch: pytest.Monk
     assert compiled.endswith("| – | – |")  # two methods of four
 
 
+def test_runs_on_one_machine_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    for name in ("avx512-intel-compiled.json", "avx512-intel-eager.json"):
+        (results / name).write_text((HERE / "results" / name).read_text())
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- speed: made by benchmarks/speed/render.py -->\n<!-- /speed -->\n")
+    folders = ("--results", str(results), "--docs", str(tmp_path), "--readme", str(readme))
+    monkeypatch.setattr(sys, "argv", ["render.py", *folders])
+    runpy.run_path(str(HERE / "render.py"), run_name="__main__")
+    (head,) = [line for line in readme.read_text().splitlines() if "threads" in line]
+    assert head.endswith("| compile, 0.67 | compile, 0.5 | eager, 0.67 | eager, 0.5 |")
+    assert (tmp_path / "speed.md").read_text().count("## avx512 intel") == 2
+
+
 def test_without_results_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

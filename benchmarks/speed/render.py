@@ -56,7 +56,10 @@ def main() -> None:
     _, _, after = rest.partition(END)
     sections = [_machine(name, result) for name, result in results.items()]
     (arguments.docs / "speed.md").write_text("\n".join([INTRO, *sections]))
-    tables = "\n\n".join(_headline(result) for result in results.values())
+    machines: dict[str, list[dict[str, Any]]] = {}
+    for result in results.values():
+        machines.setdefault(_where(result), []).extend(result["tables"])
+    tables = "\n\n".join(_headline(where, timed) for where, timed in machines.items())
     arguments.readme.write_text(f"{before}{START}\n{LEAD}\n\n{tables}\n{END}{after}")
 
 
@@ -64,10 +67,10 @@ def _where(result: dict[str, Any]) -> str:
     return f"{result['tables'][0]['device']}, {result['capability']}, {result['threads']} threads"
 
 
-def _headline(result: dict[str, Any]) -> str:
-    """Speed-ups of `mergence` on one device, in one table."""
+def _headline(where: str, timed: list[dict[str, Any]]) -> str:
+    """Speed-ups of `mergence` on one machine, in one table."""
     cells: dict[tuple[str, str, int], dict[tuple[str, str], str]] = {}
-    for table in result["tables"]:
+    for table in timed:
         for row in table["rows"]:
             if row["name"].startswith("mergence@"):
                 setting = (table["model"], row["dtype"], row["batch"])
@@ -75,7 +78,7 @@ def _headline(result: dict[str, Any]) -> str:
                 cells.setdefault(setting, {})[column] = _plain(row)
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
     heads = " | ".join(f"{mode}, {budget}" for mode, budget in columns)
-    lines = [f"| {_where(result)} | {heads} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| {where} | {heads} |", "|---" * (len(columns) + 1) + "|"]
     for (model, dtype, batch), row in cells.items():
         texts = " | ".join(row.get(column, "–") for column in columns)
         lines.append(f"| `{model}`, {dtype}, batch {batch} | {texts} |")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,10 +115,7 @@ def main() -> None:
 def _capability(device: torch.device) -> str:
     if device.type == "cuda":
         return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
-    capability = torch.backends.cpu.get_cpu_capability()
-    about = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)", about.read_text(), re.M) if about.exists() else []
-    return f"{capability} ({names[0]})" if names else capability
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _write(result: dict[str, Any], out: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mergence.api import apply, describe, remove
-from mergence.devices import convolutions_tried, synchronise, warn_of_slow_type
+from mergence.devices import convolutions_tried, described, synchronise, warn_of_slow_type
 from mergence.errors import OptionError
 from mergence.evaluation import DENSE
 from mergence.profiling import PARTS, Profile, parts_of
@@ -158,11 +157,9 @@ def bench(
                 images = _images(batch, input_size, device, dtype, layout)
                 profiles += _profiles(models, images, type_, seconds, rounds)
                 progress(1)
-    named = platform.processor() or platform.machine()
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({named})"
     return Benchmark(
         model=model_name,
-        device=where,
+        device=described(device),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         rows=tuple(judged(rows)),

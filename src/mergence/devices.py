@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -13,6 +16,16 @@ def best_device() -> str:
     """The type of device that this machine computes fastest on."""
     best = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if best is None else best.type
+
+
+def described(device: torch.device) -> str:
+    """What a device is called: the GPU's name, or `cpu` with the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")  # where Python's own function finds nothing, on Linux
+    names = re.findall(r"^model name\s*: (.+)", about.read_text(), re.M) if about.exists() else []
+    named = platform.processor() or (names or [platform.machine()])[0]
+    return f"{device} ({named})"
 
 
 def synchronise(device: torch.device) -> None:
