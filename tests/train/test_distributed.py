@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mergence import demo
-from mergence.errors import MergenceError
+from mergence.devices import best_device
+from mergence.errors import MergenceError, OptionError
 from mergence.train import Config, fit
 from mergence.train.loop import _Loop
 
@@ -182,7 +183,9 @@ def test_an_error_of_the_main_process_ends_all(config: Build, tmp_path: Path) ->
 def test_torchrun_starts_two_that_train_like_one(
     config: Build, tmp_path: Path, alone: Path
 ) -> None:
-    (tmp_path / "config.yaml").write_text(config(**SETTINGS).to_yaml())
+    # As most people leave it; two processes have no accelerator each to be tested on.
+    device = "auto" if best_device() == "cpu" else "cpu"
+    (tmp_path / "config.yaml").write_text(config(**SETTINGS, device=device).to_yaml())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "mergence.train", "--config", str(tmp_path / "config.yaml")]
     command += ["--workers", "1"]
@@ -193,6 +196,18 @@ def test_torchrun_starts_two_that_train_like_one(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("What the run did") == 1
     agree(alone, tmp_path / "run")
+
+
+def test_processes_that_cannot_be_joined_do_not_start(
+    config: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a Mac's GPU, where accelerate leaves each process to itself."""
+    monkeypatch.setattr("mergence.train.run.best_device", lambda: "mps")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings = config(device="auto")
+    with pytest.raises(OptionError, match=r"2 processes were started, .* on mps"):
+        fit(settings)
+    assert not Path(settings.out).exists()
 
 
 def test_uneven_shards_are_read_to_the_end(config: Build, tmp_path: Path) -> None:

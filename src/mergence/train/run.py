@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -74,7 +75,7 @@ class Run:
         unused = any(program.learned for program in self.reducer.programs.values())
         try:
             self.accelerator = Accelerator(
-                cpu=config.device == "cpu",
+                cpu=place == "cpu",  # or accelerate leaves processes on CPUs each to itself
                 mixed_precision=config.precision,
                 kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
             )
@@ -89,6 +90,12 @@ class Run:
                 "Leave ema out, or train with DDP."
             )
         seat = Seat(self.accelerator.process_index, self.accelerator.num_processes)
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if seat.world != started:
+            raise OptionError(
+                f"{started} processes were started, and accelerate cannot join them on {place}, so "
+                "each would train the whole run by itself. Start one, or take --device cpu."
+            )
         self.feed = build.feed_of(train, config, seat, self.anyone, training=True)
         self.val = None
         if val is not None:
