@@ -1,7 +1,7 @@
 """Other designs of the multi-scale fusion, as methods: `mstm` with each in place of its own.
 
-Not in the package, because they do not pay either; docs/training.md has the numbers. `ablations.py`
-trains with them.
+Not in the package, because they do not pay either; docs/training-results.md has the numbers.
+`ablations.py` trains with them.
 """
 
 from __future__ import annotations
