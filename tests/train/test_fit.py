@@ -165,6 +165,8 @@ def test_a_second_run_does_not_overwrite_the_first(config: Build) -> None:
 
 
 WRONG = {
+    "second derivatives": ({"optimizer": "adahessian"}, "needs second derivatives"),
+    "an optimiser torch cannot save": ({"optimizer": "adafactorbv"}, "could not be resumed"),
     "unknown optimiser": ({"optimizer": "adamm"}, "Did you mean 'adam'?"),
     "unknown schedule": ({"schedule": "cosin"}, "Did you mean 'cosine'?"),
     "rates upside down": ({"min_lr": 1.0}, "min_lr 1 is above lr 0.002"),

@@ -223,11 +223,17 @@ def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     it gets a rate of its own, `learned_lr`, and no weight decay, which would hold it there.
 
     Raises:
-        OptionError: There is no such optimiser, or the model does not tell its layers.
+        OptionError: There is no such optimiser, it cannot be saved or needs more than a gradient,
+            or the model does not tell its layers.
     """
-    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
     _known("optimizer", config.optimizer, list_optimizers())
+    if get_optimizer_info(config.optimizer).second_order:
+        raise OptionError(
+            f"The optimiser '{config.optimizer}' needs second derivatives, which are not computed "
+            "here. Take another, for example adamw."
+        )
     if config.layer_decay is not None and not hasattr(model, "group_matcher"):
         raise OptionError(
             f"layer_decay needs to know the layers of a {type(model).__name__}, which only timm's "
@@ -240,6 +246,11 @@ def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         weight_decay=config.weight_decay,
         layer_decay=config.layer_decay,
     )
+    if any(isinstance(value, torch.dtype) for value in optimizer.defaults.values()):
+        raise OptionError(
+            f"The optimiser '{config.optimizer}' has a type among its settings, which torch cannot "
+            "save with them: the run could not be resumed. Take another, for example adafactor."
+        )
     inserted = [m for m in map(surgery.learned_module, model.modules()) if m is not None]
     learned = {parameter for module in inserted for parameter in module.parameters()}
     for group in list(optimizer.param_groups) if learned else ():
