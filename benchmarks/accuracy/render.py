@@ -82,6 +82,8 @@ def _section(name: str, result: dict[str, Any], docs: Path) -> str:
         f"torch {result['torch']}, timm {result['timm']}; calibrated on {result['calibrated_on']}."
     )
     lines = [f"## {name.replace('-', ' ')}", "", measured, ""]
+    if "note" in result:
+        lines += [result["note"], ""]
     for kind, title in KINDS.items():
         chosen = {
             (row["name"].split("@")[0], row["name"].split("@")[1].split()[0]): row
