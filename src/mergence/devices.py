@@ -22,10 +22,9 @@ def described(device: torch.device) -> str:
     """What a device is called: the GPU's name, or `cpu` with the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    about = Path("/proc/cpuinfo")  # where Python's own function finds nothing, on Linux
+    about = Path("/proc/cpuinfo")  # on Linux, Python's own function knows the architecture at most
     names = re.findall(r"^model name\s*: (.+)", about.read_text(), re.M) if about.exists() else []
-    named = platform.processor() or (names or [platform.machine()])[0]
-    return f"{device} ({named})"
+    return f"{device} ({names[0] if names else platform.processor() or platform.machine()})"
 
 
 def synchronise(device: torch.device) -> None:
