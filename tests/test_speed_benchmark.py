@@ -51,35 +51,33 @@ def test_timings_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "old" not in text
 
 
-def test_a_page_says_what_was_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = json.loads((HERE / "results" / "h200-parts.json").read_text())
+def rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> tuple[str, str]:
+    """The page and the README that are made of some of the committed results."""
     results = tmp_path / "results"
     results.mkdir()
-    (results / "h200-parts.json").write_text(json.dumps(given))
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- speed: made by benchmarks/speed/render.py -->\n<!-- /speed -->\n")
-    folders = ("--results", str(results), "--docs", str(tmp_path), "--readme", str(readme))
-    monkeypatch.setattr(sys, "argv", ["render.py", *folders])
-    runpy.run_path(str(HERE / "render.py"), run_name="__main__")
-    page = (tmp_path / "speed.md").read_text()
-    assert given["note"] in page
-    (compiled, *_) = [line for line in page.splitlines() if "compile, batch 128" in line]
-    assert compiled.endswith("| – | – |")  # two methods of four
-
-
-def test_runs_on_one_machine_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = tmp_path / "results"
-    results.mkdir()
-    for name in ("avx512-intel-compiled.json", "avx512-intel-eager.json"):
+    for name in names:
         (results / name).write_text((HERE / "results" / name).read_text())
     readme = tmp_path / "README.md"
     readme.write_text("<!-- speed: made by benchmarks/speed/render.py -->\n<!-- /speed -->\n")
     folders = ("--results", str(results), "--docs", str(tmp_path), "--readme", str(readme))
     monkeypatch.setattr(sys, "argv", ["render.py", *folders])
     runpy.run_path(str(HERE / "render.py"), run_name="__main__")
-    (head,) = [line for line in readme.read_text().splitlines() if "threads" in line]
+    return (tmp_path / "speed.md").read_text(), readme.read_text()
+
+
+def test_a_page_says_what_was_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, _ = rendered(tmp_path, monkeypatch, "h200-parts.json")
+    assert json.loads((HERE / "results" / "h200-parts.json").read_text())["note"] in page
+    (compiled, *_) = [line for line in page.splitlines() if "compile, batch 128" in line]
+    assert compiled.endswith("| – | – |")  # two methods of four
+
+
+def test_runs_on_one_machine_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("avx512-intel-compiled.json", "avx512-intel-eager.json")
+    page, readme = rendered(tmp_path, monkeypatch, *names)
+    (head,) = [line for line in readme.splitlines() if "threads" in line]
     assert head.endswith("| compile, 0.67 | compile, 0.5 | eager, 0.67 | eager, 0.5 |")
-    assert (tmp_path / "speed.md").read_text().count("## avx512 intel") == 2
+    assert page.count("## avx512 intel") == 2
 
 
 def test_without_results_nothing_is_written(
