@@ -22,6 +22,16 @@ def rowwise(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def blocks(n: int, size: int) -> int:
+    """How many blocks of a size hold n. Triton's own takes longer than the operator it is for."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n."""
+    return 1 << (int(n) - 1).bit_length()
+
+
 def launched(kernel: Any, x: Tensor) -> Any:
     """The kernel to launch for `x`: where x is no plain tensor, what puts it into the graph."""
     return kernel if type(x) is Tensor or INTERPRETED else wrap_triton(kernel)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mergence.ops.kernels._common import INTERPRETED, launched, product, rowwise
+from mergence.ops.kernels._common import INTERPRETED, blocks, launched, power_of_2, product, rowwise
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     out = q.new_empty(batch, tokens, heads, dim)
     # Short blocks of keys leave registers for more programs at a time: found by trying on an H200.
     rows, columns = 64 if tokens > 32 else 32, 32
-    launched(_attend, q)[(triton.cdiv(tokens, rows), batch * heads)](
+    launched(_attend, q)[(blocks(tokens, rows), batch * heads)](
         q,
         k,
         v,
@@ -34,7 +34,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         bias.stride(0),
         SCALE=dim**-0.5,
         DIM=dim,
-        WIDTH=max(triton.next_power_of_2(dim), 16),
+        WIDTH=max(power_of_2(dim), 16),
         ROWS=rows,
         COLUMNS=columns,
         INTERPRETED=INTERPRETED,
@@ -49,7 +49,7 @@ def attention_of_row(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) ->
     batch, heads, tokens, dim = k.shape
     q, k = rowwise(q), rowwise(k)
     out = torch.empty(batch, heads, tokens, device=q.device)
-    length = triton.next_power_of_2(tokens)
+    length = power_of_2(tokens)
     launched(_attention_of_row, k)[(heads, batch)](
         q,
         k,
@@ -66,7 +66,7 @@ def attention_of_row(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) ->
         BIASED=bias is not None,
         LENGTH=length,
         # Blocks of so many numbers fit the registers of a program.
-        CHUNK=max(min(triton.next_power_of_2(dim), 64, 32768 // length), 8),
+        CHUNK=max(min(power_of_2(dim), 64, 32768 // length), 8),
         num_warps=8,
     )
     return out

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mergence.ops.kernels._common import INTERPRETED, launched, product, rowwise
+from mergence.ops.kernels._common import INTERPRETED, blocks, launched, power_of_2, product, rowwise
 
 
 def scales(x: Tensor) -> Tensor:
@@ -17,8 +17,8 @@ def scales(x: Tensor) -> Tensor:
     batch, tokens, channels = x.shape
     x = rowwise(x)
     scale = torch.empty(batch, tokens, device=x.device)
-    rows, width = 8, triton.next_power_of_2(channels)
-    launched(_scales, x)[(triton.cdiv(tokens, rows), batch)](
+    rows, width = 8, power_of_2(channels)
+    launched(_scales, x)[(blocks(tokens, rows), batch)](
         x, scale, tokens, channels, x.stride(0), x.stride(1), ROWS=rows, WIDTH=width, num_warps=4
     )
     return scale
@@ -30,7 +30,7 @@ def nearest_above(x: Tensor, scale: Tensor, score: Tensor) -> Tensor:
     x, score = rowwise(x), score.contiguous()
     cosine = torch.empty_like(scale)
     tile = _tile(x, tokens, tokens)
-    launched(_nearest_above, x)[(triton.cdiv(tokens, tile["ROWS"]), batch)](
+    launched(_nearest_above, x)[(blocks(tokens, tile["ROWS"]), batch)](
         x,
         scale,
         score,
@@ -52,7 +52,7 @@ def nearest(x: Tensor, scale: Tensor, of: Tensor, among: Tensor) -> Tensor:
     if not found.numel():
         return found
     tile = _tile(x, of.shape[1], among.shape[1])
-    launched(_nearest, x)[(triton.cdiv(of.shape[1], tile["ROWS"]), batch)](
+    launched(_nearest, x)[(blocks(of.shape[1], tile["ROWS"]), batch)](
         x,
         scale,
         of,

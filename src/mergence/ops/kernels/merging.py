@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mergence.ops.kernels._common import launched, rowwise
+from mergence.ops.kernels._common import launched, power_of_2, rowwise
 
 
 def merge(
@@ -19,8 +19,8 @@ def merge(
     x = rowwise(x)
     merged = x.new_empty(batch, prefix + slots, channels)
     merged_size = size.new_empty(batch, slots)
-    width = triton.next_power_of_2(channels)
-    length = triton.next_power_of_2(tokens - prefix)
+    width = power_of_2(channels)
+    length = power_of_2(tokens - prefix)
     launched(_merge, x)[(prefix + slots, batch)](
         x,
         size.contiguous(),

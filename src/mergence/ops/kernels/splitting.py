@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mergence.ops.kernels._common import launched
+from mergence.ops.kernels._common import launched, power_of_2
 
 
 def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
         place,
         tokens,
         kept,
-        LENGTH=triton.next_power_of_2(tokens),
+        LENGTH=power_of_2(tokens),
         num_warps=4,
     )
     return order, place
