@@ -121,3 +121,14 @@ def test_the_reduced_count_is_what_a_counter_sees(tiny_model: nn.Module, coarse:
     looked_at = [cost.prefix + n for n in merged] if cost.placed else []
     assert parts.importance == sum(looked_at) * cost.dim
     assert parts.total - parts.merging - parts.importance == seen
+
+
+@pytest.mark.filterwarnings("ignore")  # torch means to move it elsewhere
+def test_quantized_linear_layers_cost_what_they_did() -> None:
+    # Their packed weights are no parameters any more, and were taken for nothing.
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64).eval()
+    dense = mergence.describe(mergence.apply(model, macs=1.0)).dense
+    quantized = torch.ao.quantization.quantize_dynamic(mergence.remove(model), {nn.Linear})
+    mergence.apply(quantized, macs=0.5)
+    assert mergence.describe(quantized).dense == dense
+    assert quantized(torch.randn(1, 3, 64, 64)).shape == (1, 1000)

@@ -6,10 +6,12 @@ import copy
 import pickle
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from mergence import surgery
+from mergence.errors import MergenceError
 
 
 class Louder:
@@ -81,3 +83,33 @@ def test_swapped_modules_copy_and_pickle() -> None:
     twin = copy.deepcopy(both)
     surgery.restore(twin)
     assert surgery.is_swapped(both[0])
+
+
+def test_a_new_module_of_the_class_is_one_of_the_library() -> None:
+    # peft makes layers of the class that it finds; they were never reduced.
+    linear = model()[0]
+    surgery.swap(linear, Louder, 3)
+    new = type(linear)(2, out_features=5, bias=False)
+    assert type(new) is nn.Linear
+    assert new.weight.shape == (5, 2)
+    # DataParallel makes its replicas so, and fills them from the module that it copies.
+    replica = linear._replicate_for_data_parallel()
+    assert type(replica) is type(linear)
+    replica.weight, replica.bias = linear.weight, linear.bias
+    assert torch.equal(replica(X), linear(X))
+
+
+def test_a_module_whose_class_changed_since_is_not_set_back() -> None:
+    both = model()
+    surgery.swap(both[1], Louder, 3)
+    surgery.swap(both, Louder, 5)
+    nn.utils.parametrizations.weight_norm(both[1])
+    classes, expected = [type(m) for m in both.modules()], both(X)
+    for change in (surgery.restore, surgery.bookmark):
+        with pytest.raises(MergenceError, match="'1' is a ParametrizedLinear now"):
+            change(both)
+    assert [type(m) for m in both.modules()] == classes
+    assert torch.equal(both(X), expected)
+    nn.utils.parametrize.remove_parametrizations(both[1], "weight")
+    surgery.restore(both)
+    assert [type(m) for m in both.modules()] == [nn.Sequential, nn.Linear, nn.Linear]

@@ -70,7 +70,8 @@ class Program:
         Raises:
             ScheduleError: The schedule cannot be carried out at this number of patches.
         """
-        patches = self.patches if patches is None else patches
+        # Sizes are tensors while torch.jit traces.
+        patches = self.patches if patches is None else int(patches)
         if patches not in self._tokens:
             tokens = self.schedule.tokens(self.setting(patches))
             if patches != self.patches:

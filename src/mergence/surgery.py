@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from mergence.errors import MergenceError
+
 ATTACHMENT = "_mergence"
 LEARNED = "mergence"
 """The reserved name of a method's learned module, below the block that uses it."""
@@ -25,7 +27,13 @@ def _reduced_class(base: type, mixin: type) -> type:
     def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (base, mixin), self.__dict__.copy()
 
+    def new(cls: type, *args: Any, **options: Any) -> Any:
+        # Others make new modules of the class that they find (peft does); those are the library's.
+        # Without arguments it is a replica, whose attributes are set by whoever asks.
+        return base(*args, **options) if args or options else object.__new__(cls)
+
     namespace = {
+        "__new__": new,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -98,12 +106,30 @@ def reattach(module: nn.Module, attachment: object) -> None:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `swap` in a model and everything in it; what was never swapped is left alone."""
-    for module in list(model.modules()):
-        if is_swapped(module):
-            module.__class__ = original_class(module)
-            del module.__dict__[ATTACHMENT]
-            module._modules.pop(LEARNED, None)
+    """Undo `swap` in a model and everything in it; what was never swapped is left alone.
+
+    Raises:
+        MergenceError: Somebody else changed the class of a module after mergence did.
+    """
+    for module in _swapped(model):
+        module.__class__ = original_class(module)
+        del module.__dict__[ATTACHMENT]
+        module._modules.pop(LEARNED, None)
+
+
+def _swapped(model: nn.Module) -> list[nn.Module]:
+    """The modules that mergence changed, all of them as it left them."""
+    found = {name: module for name, module in model.named_modules() if is_swapped(module)}
+    for name, module in found.items():
+        if "_mergence_base" not in vars(type(module)):
+            what = f"'{name}'" if name else "The model"
+            raise MergenceError(
+                f"{what} is a {type(module).__name__} now: its "
+                "class was changed after mergence was applied, as fully_shard and torch's "
+                "parametrizations do, and cannot be set back. Undo that before, or begin with "
+                "mergence; mergence.disabled(model) still runs the dense model."
+            )
+    return list(found.values())
 
 
 def bookmark(model: nn.Module) -> Callable[[], None]:
@@ -111,11 +137,13 @@ def bookmark(model: nn.Module) -> Callable[[], None]:
 
     Returns:
         A function that brings the model back to this state.
+
+    Raises:
+        MergenceError: See `restore`.
     """
     swapped = [
-        (module, mixin, attachment(module), learned_module(module))
-        for module in model.modules()
-        if (mixin := getattr(type(module), "_mergence_mixin", None)) is not None
+        (module, vars(type(module))["_mergence_mixin"], attachment(module), learned_module(module))
+        for module in _swapped(model)
     ]
 
     def back() -> None:

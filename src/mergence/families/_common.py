@@ -91,13 +91,19 @@ def require_class(
         )
 
 
-def linear_macs(module: nn.Module) -> int:
+def linear_macs(module: Any) -> int:
     """Multiply-adds of a module's linear layers for one token.
 
-    A linear layer has one for each weight; `nn.MultiheadAttention` keeps the weights of three in
-    one parameter of its own.
+    A linear layer has one for each weight, also where quantization has packed its weights into
+    something else than a parameter of that shape; `nn.MultiheadAttention` keeps the weights of
+    three in one parameter of its own.
     """
-    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
+    macs: int = sum(map(linear_macs, module.children()))
+    if macs == 0 and hasattr(module, "in_features"):
+        macs = module.in_features * module.out_features
+    else:
+        macs += sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
+    return macs
 
 
 def mean_by_size(x: Tensor, size: Tensor) -> Tensor:
