@@ -95,6 +95,18 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
     return F.embedding(first + index, x.flatten(0, 1))
 
 
+def without_nan(x: Tensor, value: float) -> Tensor:
+    """The tensor with a value in place of NaN."""
+    # Not by torch.nan_to_num, which OpenVINO's converter does not know.
+    return torch.where(x.isnan(), value, x)
+
+
+def nan_last(score: Tensor) -> Tensor:
+    """The score, float32 or more, with NaN below everything else, minus infinity included."""
+    score = score.to(torch.promote_types(score.dtype, torch.float32))
+    return without_nan(score.clamp(min=torch.finfo(score.dtype).min), -torch.inf)
+
+
 def most_important(plan: MergePlan, importance: Tensor) -> Tensor:
     """The index of the most important token of each slot, `[B, slots]`.
 
@@ -117,4 +129,5 @@ def compose(source: Tensor, slot: Tensor) -> Tensor:
     Returns:
         `[B, P]` slot of each original patch afterwards.
     """
-    return torch.where(source < 0, DROPPED, slot.gather(1, source.clamp(min=0)))
+    gone = source < 0
+    return torch.where(gone, DROPPED, slot.gather(1, torch.where(gone, 0, source)))

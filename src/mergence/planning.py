@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergence import ops
-from mergence.plan import DROPPED, MergePlan, compose
+from mergence.plan import DROPPED, MergePlan, compose, nan_last
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def best_pairs(
         The moves, `[B, N]`: the position that each token goes to, its own where it stays.
     """
     best, partner = attraction.max(dim=2)
-    leaving = torch.nan_to_num(best, nan=float("-inf")).topk(count, dim=1).indices
+    leaving = nan_last(best).topk(count, dim=1).indices
     giver = givers.gather(1, leaving)
     taker = takers.gather(1, partner.gather(1, leaving))
     position = torch.arange(tokens, device=giver.device)
@@ -130,4 +130,4 @@ def join(moves: Tensor, weight: Tensor, slots: int, *, keep_norm: bool = False) 
         keep_norm: See `MergePlan`.
     """
     stays = moves == torch.arange(moves.shape[1], device=moves.device)
-    return MergePlan(compose(moves, stays.cumsum(dim=1) - 1), weight, slots, keep_norm)
+    return MergePlan(compose(moves, stays.long().cumsum(dim=1) - 1), weight, slots, keep_norm)

@@ -182,7 +182,7 @@ class Program:
         Raises:
             ScheduleError: The image has fewer regions of four patches than are to be coarse.
         """
-        grid = fine.shape[-2], fine.shape[-1]
+        grid = int(fine.shape[-2]), int(fine.shape[-1])
         regions = self._coarse_regions(grid[0] * grid[1])
         if not regions:
             return
@@ -224,7 +224,7 @@ class Program:
             change = coarse.difference(fine, half, run.grid)
             plan, chosen, loss = coarse.plan(change, run.grid, regions)
             # Each patch of a chosen region takes its embedding; their mean has the mean position.
-            taken = torch.addcmul(x[:, self.prefix :], change, chosen.unsqueeze(2).to(x.dtype))
+            taken = x[:, self.prefix :] + change * chosen.unsqueeze(2).to(x.dtype)
             x = torch.cat((x[:, : self.prefix], taken), dim=1)
             x, run.carry = self.merged(x, plan.weight, Carry(fine.shape[1], run.grid), plan)
         if run.observer is not None:

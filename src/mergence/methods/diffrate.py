@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from mergence.method import Method, check_range, register
-from mergence.plan import DROPPED, MergePlan, TokenView, rows
+from mergence.plan import DROPPED, MergePlan, TokenView, rows, without_nan
 from mergence.planning import keep_highest
 from mergence.schedule import Constant, Schedule
 
@@ -47,7 +47,7 @@ class DiffRate(Method):
 
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
         """See `Method.plan`."""
-        importance = torch.nan_to_num(tokens.importance, nan=0.0)
+        importance = without_nan(tokens.importance, 0.0)
         split = keep_highest(importance, slots)
         metric = F.normalize(tokens.x.float(), dim=2)
         cosine = rows(metric, split.removed) @ rows(metric, split.kept).transpose(1, 2)
@@ -55,7 +55,7 @@ class DiffRate(Method):
 
         rank = importance.gather(1, split.removed).argsort(dim=1).argsort(dim=1)
         pruned = rank < int(self.prune * split.removed.shape[1])
-        similarity = torch.nan_to_num(similarity).clamp(min=1e-6)
+        similarity = without_nan(similarity, 0.0).clamp(min=1e-6)
         share = split.in_place(torch.ones_like(split.kept, dtype=similarity.dtype), similarity)
         return split.plan(torch.where(pruned, DROPPED, target), tokens.size * share)
 

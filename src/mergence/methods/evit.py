@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from mergence.method import Method, register
-from mergence.plan import MergePlan, TokenView
+from mergence.plan import MergePlan, TokenView, without_nan
 from mergence.planning import keep_highest
 from mergence.schedule import KeepRate, Schedule
 
@@ -32,7 +32,7 @@ class EViT(Method):
 
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
         """See `Method.plan`."""
-        importance = torch.nan_to_num(tokens.importance, nan=0.0).clamp(min=1e-12)
+        importance = without_nan(tokens.importance, 0.0).clamp(min=1e-12)
         attentive = keep_highest(importance, slots - 1)
         plan = attentive.plan(torch.full_like(attentive.removed, slots - 1), importance)
         return MergePlan(plan.slot, plan.weight, slots)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from mergence.method import Method, check_range, register
-from mergence.plan import MergePlan, TokenView, compose
+from mergence.plan import MergePlan, TokenView, compose, without_nan
 from mergence.planning import alternate, best_pairs, join
 from mergence.schedule import KeepRate, Schedule
 
@@ -52,7 +52,7 @@ class MCTF(Method):
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
         """See `Method.plan`."""
         total, size = tokens.size.shape[1], tokens.size
-        received = torch.nan_to_num(tokens.received, nan=0.0).clamp(min=1e-12)
+        received = without_nan(tokens.received, 0.0).clamp(min=1e-12)
         info = received.amin(dim=1, keepdim=True) / received
         smallness = size.amin(dim=1, keepdim=True) / size
         appeal = info ** (1 / self.tau_i) * smallness ** (1 / self.tau_z)

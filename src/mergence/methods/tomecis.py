@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from mergence.method import BipartiteMethod, register
-from mergence.plan import MergePlan, TokenView
+from mergence.plan import MergePlan, TokenView, without_nan
 from mergence.planning import join, most_similar_pairs
 from mergence.schedule import Constant, Schedule
 
@@ -31,6 +29,6 @@ class ToMeCIS(BipartiteMethod):
 
     def plan(self, tokens: TokenView, slots: int) -> MergePlan:
         """See `Method.plan`."""
-        importance = torch.nan_to_num(tokens.importance, nan=0.0).clamp(min=1e-12)
+        importance = without_nan(tokens.importance, 0.0).clamp(min=1e-12)
         moves = most_similar_pairs(tokens.keys, tokens.size.shape[1] - slots)
         return join(moves, importance, slots)

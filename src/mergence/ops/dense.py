@@ -1,7 +1,8 @@
 """The operators without scatter or sort, for exported graphs: matrix products and arithmetic.
 
 Arithmetic, because comparing and selecting over N x N elements takes torch ten times as long on a
-CPU as adding and multiplying them.
+CPU as adding and multiplying them. Only operators that the converters of other runtimes know, as
+`tests/contract/test_jit_trace.py` sees to.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mergence.plan import MergePlan, rows
+from mergence.plan import MergePlan, nan_last, rows, without_nan
 
 
 def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
@@ -18,7 +19,7 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
     # Prefix tokens have the first slots for themselves, so that one product makes all rows.
     index = torch.arange(prefix + plan.slots, device=x.device).unsqueeze(1)
     slot = torch.where(plan.slot < 0, -1, plan.slot + prefix)
-    slot = torch.cat((index[:prefix].mT.expand(slot.shape[0], -1), slot), dim=1)
+    slot = torch.cat((index[:prefix].transpose(0, 1).expand(slot.shape[0], -1), slot), dim=1)
     weight = F.pad(plan.weight.float(), (prefix, 0), value=1.0)
     size = F.pad(size, (prefix, 0))
 
@@ -26,7 +27,7 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
     member = slot.float().unsqueeze(1) - index.float()
     member.square_().neg_().add_(1).clamp_(min=0)
     counts = (weight > 0).float()
-    merged_size, count = (torch.stack((size, counts), dim=1) @ member.mT).unbind(dim=1)
+    merged_size, count = (torch.stack((size, counts), dim=1) @ member.transpose(1, 2)).unbind(dim=1)
     # Normalised in float32 before the cast: a token alone in its slot then has weight exactly 1 and
     # passes unchanged, in bfloat16 too.
     share = member * weight.unsqueeze(1)
@@ -37,7 +38,7 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
         largest = (member * (counts * x.float().norm(dim=2)).unsqueeze(1)).amax(dim=2)
         norm = merged.float().norm(dim=2)
         # Shared slots only, so that a token alone in its slot still passes unchanged.
-        shared = (count > 1) & (norm > 0)
+        shared = torch.logical_and(count > 1, norm > 0)
         scale = torch.where(shared, largest / torch.where(norm > 0, norm, 1.0), 1.0)
         merged = (merged * scale.unsqueeze(2)).to(x.dtype)
     return merged, merged_size[:, prefix:]
@@ -68,11 +69,12 @@ class Cosines:
         Returns:
             `[B, N]` float32, from -1 to 1; -1 for the token that none is above.
         """
-        score = torch.where(score.isnan(), -torch.inf, score)
+        score = without_nan(score, -torch.inf)
         own, other = score.unsqueeze(2), score.unsqueeze(1)
         position = torch.arange(score.shape[1], device=score.device)
         # Not by a stable sort, which ONNX does not have.
-        above = (other > own) | ((other == own) & (position < position.unsqueeze(1)))
+        tied = torch.logical_and(other == own, position < position.unsqueeze(1))
+        above = torch.logical_or(other > own, tied)
         candidates = above.float().sub_(1).mul_(4).add_(self._all())
         return candidates.amax(dim=2).clamp(-1, 1)
 
@@ -103,15 +105,15 @@ def norms(x: Tensor) -> Tensor:
 
 def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Split tokens by score; see `mergence.ops.split`."""
-    score = torch.nan_to_num(score.detach(), nan=float("-inf"))
+    score = nan_last(score.detach())
     # By the lowest score that stays, not by the indices of top-k: among equals these differ from
     # device to device.
     least = score.topk(max(kept, 1), dim=1).values[:, -1:]
     over, equal = score > least, score == least
     left = kept - over.sum(dim=1, keepdim=True)
-    stays = over | (equal & (equal.cumsum(dim=1) <= left))
+    stays = torch.logical_or(over, torch.logical_and(equal, equal.long().cumsum(dim=1) <= left))
     position = torch.arange(score.shape[1], device=score.device)
-    rank = stays.cumsum(dim=1)
+    rank = stays.long().cumsum(dim=1)
     place = torch.where(stays, rank - 1, kept + position - rank)
     # By argsort: a gather instead of a scatter, which exporters like.
     return place.argsort(dim=1), place
@@ -119,10 +121,12 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 def attention_of_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """Attention of one query to all keys; see `mergence.ops.attention_of_row`."""
-    # Half the time of a product with one row, which needs the keys of a head side by side.
-    logits: Tensor = torch.linalg.vecdot(k, q).unsqueeze(2).float() * scale
-    if bias is not None:
-        logits = logits + bias
+    return attention_of_logits((q @ k.transpose(2, 3)).float() * scale, bias)
+
+
+def attention_of_logits(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """The attention `[B, H, N]` of logits `[B, H, 1, N]`."""
+    logits = logits if bias is None else logits + bias
     return logits.softmax(dim=-1).squeeze(2)
 
 
