@@ -44,6 +44,14 @@ def test_an_unknown_model_is_refused_with_what_was_found_and_what_is_known(
     assert snapshot(model) == before
 
 
+def test_a_sharded_model_is_refused_with_the_order_that_works(dense: nn.Module, spec: Any) -> None:
+    block = spec(dense).blocks[0]
+    # What fully_shard does to a module, which needs processes.
+    block.__class__ = type(f"FSDP{type(block).__name__}", (type(block),), {})
+    with pytest.raises(UnsupportedModelError, match=r"FSDP.*apply before that"):
+        mergence.apply(dense, macs=0.67)
+
+
 def test_a_wrapper_is_refused_with_the_path_of_the_model_inside(
     dense: nn.Module, snapshot: Any
 ) -> None:

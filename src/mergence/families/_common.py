@@ -82,12 +82,14 @@ def require_class(
     Raises:
         UnsupportedModelError: It is another one.
     """
-    found = qualified_names(original_class(module))[0]
+    found, *bases = qualified_names(original_class(module))
     allowed = (allowed,) if isinstance(allowed, str) else allowed
     if found not in allowed:
+        wrapped = set(bases) & set(allowed)
+        hint = " If fully_shard made it one, apply before that." if wrapped else ""
         raise UnsupportedModelError(
             f"{what} is a {found}; mergence restates the forward of {' or '.join(allowed)} and "
-            f"would compute something else. Known: {supported}."
+            f"would compute something else.{hint} Known: {supported}."
         )
 
 
