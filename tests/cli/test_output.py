@@ -7,6 +7,7 @@ import os
 import pytest
 
 from mergence.cli import output
+from mergence.evaluation import Evaluation, Result
 
 
 def test_names_cannot_steer_the_terminal_or_stop_the_output(
@@ -22,3 +23,18 @@ def test_names_cannot_steer_the_terminal_or_stop_the_output(
     assert "\x1b" not in shown
     for name in ("clear\\x1b[2J.png", "no-encoding\\udcff.png", "ä.png"):
         assert f"  {name}: OSError: bad" in shown
+
+
+def test_numbers_are_whole_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "console", output.Console(width=80))
+    rows = [
+        Result(name, None, 12.34, 1.0, 100.0, 100.0, 100.0, 0.1234, 1234.5)
+        for name in ("dense", "mergence@0.67 calibrated")
+    ]
+    output.evaluation_table(Evaluation("demo", "demo", 5, (), tuple(rows)))
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert printed.count("1234.5") == 2
+    assert printed.count("+0.00") == 1

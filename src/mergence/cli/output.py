@@ -82,7 +82,7 @@ def evaluation_table(evaluation: Evaluation) -> None:
     """Print an evaluation, and what had to be skipped."""
     title = f"{evaluation.model} on {evaluation.images} images of {evaluation.data}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")  # so that no number is cut
     for heading in ("GMACs", "MACs", "top-1", "Δ", "top-5", "agree", "KL", "img/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     dense = evaluation.results[0]
