@@ -67,7 +67,7 @@ def test_the_fashion_mnist_recipe_learns(tmp_path: Path) -> None:
         assert (data.labels or ())[place] == labels_of[f"demo/{number:04d}"]
     values = read_yaml(folder / "train.yaml") | {
         "data": str(tmp_path / "train.zip"), "val": None, "out": str(tmp_path / "run"),
-        "limit": 8, "epochs": 1, "batch_size": 4, "workers": 0, "device": "cpu",
+        "limit": 8, "epochs": 1, "batch_size": 4, "workers": 0, "device": "cpu", "precision": "no",
     }  # fmt: skip
     with pytest.warns(UserWarning, match="not called as the model's classes"):
         assert fit(Config.from_dict(values)).history[-1]["loss"] < 4
