@@ -38,6 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "mstm-one-scale": {"method": "mstm-one-scale", "learned_lr": 1e-3},
     "mstm-cross-scale": {"method": "mstm-cross-scale", "learned_lr": 1e-3},
     "mstm-earlier-blocks": {"method": "mstm-earlier-blocks", "learned_lr": 1e-3},
+    "mstm-after-embedding": {"method": "mstm-after-embedding", "learned_lr": 1e-3},
 }
 
 
@@ -51,6 +52,7 @@ def main(
     epochs: int = 2,
     lr: float = 1e-4,
     precision: str = "bf16",
+    seed: int = 0,
 ) -> None:
     """Train each and print what came of it; `out` holds the runs so far."""
     rows: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
@@ -60,6 +62,7 @@ def main(
                 "model": "demo", "data": train, "val": val, "limit": images, "out": folder,
                 "val_limit": val_images, "macs": MACS, "epochs": epochs, "batch_size": 64, "lr": lr,
                 "weight_decay": 0.0, "clip_grad": 1.0, "crop_scale": 0.8, "precision": precision,
+                "seed": seed,
             }  # fmt: skip
             summary = fit(Config.from_dict(values | RUNS[name]))
         rows[name] = {"options": RUNS[name], "epochs": summary.history}

@@ -11,14 +11,19 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from mergence.method import Learned, register
 from mergence.methods import Mstm
 from mergence.multiscale import MultiScaleFusion
+from mergence.step import Program
+from mergence.surgery import attachment
 
 
 class OneScale(MultiScaleFusion):
@@ -85,14 +90,39 @@ class EarlierBlocks(Learned):
         return self.gates.numel() * tokens
 
 
-def _note(module: nn.Module, _: Any, output: Any) -> None:
+class AfterEmbedding(MultiScaleFusion):
+    """The package's fusion right after the patch embedding, before positions and all blocks."""
+
+    now: ClassVar[tuple[AfterEmbedding, tuple[int, int]] | None] = None
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Nothing here, before the first reduction; see `_note`."""
+        return x
+
+    @classmethod
+    def enter(cls, model: nn.Module, _: Any) -> None:
+        """Before a forward: the fusion of this model, where it is reduced."""
+        if not isinstance(model, VisionTransformer):
+            return
+        program = attachment(model)
+        reduced = isinstance(program, Program) and program.reduces and not program.run.disabled
+        own = [m for m in model.modules() if isinstance(m, cls)] if reduced else []
+        cls.now = (own[0], model.patch_embed.grid_size) if own else None
+
+
+def _note(module: nn.Module, _: Any, output: Any) -> Any:
     if isinstance(module, PatchEmbed):
         EarlierBlocks.seen = [output]
+        if AfterEmbedding.now is not None:
+            fusion, grid = AfterEmbedding.now
+            return MultiScaleFusion.forward(fusion, output, grid)
     elif isinstance(module, Block) and len(EarlierBlocks.seen) <= EarlierBlocks.BLOCKS:
         EarlierBlocks.seen.append(output)
+    return None
 
 
 register_module_forward_hook(_note)
+register_module_forward_pre_hook(AfterEmbedding.enter)
 
 
 @register("mstm-one-scale")
@@ -123,3 +153,13 @@ class MstmEarlierBlocks(Mstm):
     def learned(self, dim: int) -> Learned:
         """See `Method.learned`."""
         return EarlierBlocks(dim)
+
+
+@register("mstm-after-embedding")
+@dataclass(frozen=True, kw_only=True)
+class MstmAfterEmbedding(Mstm):
+    """`mstm` with `AfterEmbedding`."""
+
+    def learned(self, dim: int) -> Learned:
+        """See `Method.learned`."""
+        return AfterEmbedding(dim)

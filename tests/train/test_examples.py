@@ -9,12 +9,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
 
 from mergence import demo
 from mergence.data import open_images
 from mergence.sources import ASSETS
 from mergence.train import Config, fit
 from mergence.train.config import read_yaml
+from mergence.train.seeding import seeded
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -39,6 +42,16 @@ def test_the_imagenet_recipe_runs_on_synthetic_images(tmp_path: Path) -> None:
     assert [row["update"] for row in summary.history] == [0, 2]
     assert summary.history[-1]["loss"] > 6
     assert (summary.model / "config.json").exists()
+
+
+def test_the_imagenet_recipe_augments_as_strongly_as_it_can() -> None:
+    """Levels are drawn around 9 and end at 10: posterization to 0 bits, which Pillow 13 refuses."""
+    policy = read_yaml(ROOT / "examples" / "imagenet" / "deit-small.yaml")["auto_augment"]
+    transform = rand_augment_transform(policy.replace("m9", "m10"), {"magnitude_std": 0})
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    for seed in range(200):
+        with seeded(seed):
+            assert transform(image).size == (8, 8)
 
 
 @pytest.mark.slow
