@@ -168,6 +168,8 @@ WRONG = {
     "second derivatives": ({"optimizer": "adahessian"}, "needs second derivatives"),
     "an optimiser torch cannot save": ({"optimizer": "adafactorbv"}, "could not be resumed"),
     "unknown optimiser": ({"optimizer": "adamm"}, "Did you mean 'adam'?"),
+    "unknown augmentation": ({"auto_augment": "rnd-m9"}, "does not read auto_augment 'rnd-m9'"),
+    "unknown section": ({"auto_augment": "rand-m9-q1"}, "Unknown RandAugment config section"),
     "unknown schedule": ({"schedule": "cosin"}, "Did you mean 'cosine'?"),
     "rates upside down": ({"min_lr": 1.0}, "min_lr 1 is above lr 0.002"),
     "no reduction": ({"macs": []}, "Nothing says how much to reduce"),

@@ -199,20 +199,26 @@ def _training_transform(config: Config, loaded: LoadedModel) -> Callable[[Image]
     from timm.data import create_transform, resolve_data_config
 
     found = resolve_data_config({}, model=loaded.model)
-    transform: Callable[[Image], torch.Tensor] = create_transform(
-        input_size=loaded.input_size,
-        is_training=True,
-        scale=(config.crop_scale, 1.0),
-        ratio=(3 / 4, 4 / 3) if config.crop_scale < 1 else (1.0, 1.0),
-        hflip=config.hflip,
-        color_jitter=config.color_jitter or None,
-        auto_augment=config.auto_augment,
-        interpolation=found["interpolation"],
-        mean=loaded.mean,
-        std=loaded.std,
-        re_prob=config.erase,
-        re_mode="pixel",
-    )
+    try:
+        transform: Callable[[Image], torch.Tensor] = create_transform(
+            input_size=loaded.input_size,
+            is_training=True,
+            scale=(config.crop_scale, 1.0),
+            ratio=(3 / 4, 4 / 3) if config.crop_scale < 1 else (1.0, 1.0),
+            hflip=config.hflip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.auto_augment,
+            interpolation=found["interpolation"],
+            mean=loaded.mean,
+            std=loaded.std,
+            re_prob=config.erase,
+            re_mode="pixel",
+        )
+    except (AssertionError, ValueError) as error:  # how timm says that it does not know a policy
+        raise OptionError(
+            f"timm does not read auto_augment '{config.auto_augment}': {error}. Write a policy as "
+            "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original, v0 or 3a."
+        ) from error
     return transform
 
 
