@@ -15,6 +15,8 @@ from mergence.family import Family
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families" / "README.md"
 LIBRARIES = ("timm", "transformers", "torchvision", "open_clip_torch", "torch")
+# NumPy below 2.4 is for the interpreter of that Triton, which only tests use.
+OTHERS = "once also with torch 2.15.0 (torchvision 0.29.2) and 2.9.1 (0.24.1, NumPy below 2.4)"
 CHECKPOINTING = ("set_grad_checkpointing", "gradient_checkpointing_enable")
 
 
@@ -62,7 +64,7 @@ Every kind below passes the contract tests: keep-all bit-identical to the librar
 `remove` exact, prefix tokens and token counts as scheduled, a batch equal to its images one by \
 one, copies and pickles, threads, half precision and autocast, gradients, `torch.compile` in one \
 graph; `torch.export` and ONNX for a part of them. *Coarse patches*: \
-[four patches can be read as one](../coarse.md). Tested with {tested}.
+[four patches can be read as one](../coarse.md). Tested with {tested}; {OTHERS}.
 
 {table()}
 ## What is refused

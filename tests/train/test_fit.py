@@ -90,15 +90,18 @@ def test_averaged_weights_are_validated_and_written(config: Build) -> None:
     assert not torch.equal(weights[0]["head.weight"], weights[1]["head.weight"])
 
 
-def test_tokens_are_really_removed_in_training(config: Build) -> None:
-    flops = {}
-    for share in (1.0, 0.6):
-        run = Run(config(macs=share))
-        run.reducer.select(run.timetable.at(0))
-        with FlopCounterMode(display=False) as counter:
-            run.model.train()(torch.zeros(2, 1, 28, 28)).sum().backward()
-        flops[share] = counter.get_total_flops()
-    assert flops[0.6] / flops[1.0] == pytest.approx(0.6, abs=0.03)
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_tokens_are_really_removed_in_training(config: Build, share: float) -> None:
+    """By the MLPs: what torch counts of attention and its gradient changes with its version."""
+    run = Run(config(macs=share))
+    program = run.reducer.select(run.timetable.at(0))
+    assert program.macs().total <= share * program.macs(dense=True).total
+    with FlopCounterMode(display=False) as counter:
+        run.model.train()(torch.zeros(2, 1, 28, 28)).sum().backward()
+    mlps = {k: sum(n.values()) for k, n in counter.get_flop_counts().items() if k.endswith(".mlp")}
+    assert len(mlps) == program.depth
+    images, per_mac, passes = 2, 2, 3  # a gradient takes two forwards
+    assert sum(mlps.values()) == images * per_mac * passes * program.macs().mlp
 
 
 @pytest.mark.slow

@@ -77,10 +77,12 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, opset: int) -> Non
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if find_spec(package) is None:
             raise MissingExtraError(package, "export", "Exporting to ONNX")
+    # By way of the program, as for the other formats: tracing a module itself, torch.onnx.export of
+    # torch 2.9 settles on batches above 1. The shapes are given again for the name of the batch.
+    exported = _program(model, images)
     with torch.no_grad(), _explained("torch.onnx.export"):
         program = torch.onnx.export(
-            model,
-            (images,),
+            exported,
             dynamo=True,
             opset_version=opset,
             dynamic_shapes=_dynamic(),
