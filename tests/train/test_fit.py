@@ -90,6 +90,13 @@ def test_averaged_weights_are_validated_and_written(config: Build) -> None:
     assert not torch.equal(weights[0]["head.weight"], weights[1]["head.weight"])
 
 
+def test_a_dense_control_is_validated_once(config: Build) -> None:
+    summary = fit(config(macs=(1.0, 0.6), val="demo", val_limit=20, limit=32))
+    assert [k for k in summary.history[0] if k.endswith("top1")] == [
+        "dense top1", "mergence 0.6 top1"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("share", [1.0, 0.6])
 def test_tokens_are_really_removed_in_training(config: Build, share: float) -> None:
     """By the MLPs: what torch counts of attention and its gradient changes with its version."""

@@ -142,7 +142,7 @@ class Run:
         return ema
 
     def validate(self) -> dict[str, Score]:
-        """Scores of the dense path and of each recipe; of the averaged weights, if there are any.
+        """Scores of the dense path and of each reduced one; of the averaged weights, if any.
 
         They are compared with the teacher where it is fixed, and otherwise with the dense path.
         Empty without validation images.
@@ -152,7 +152,7 @@ class Run:
         model = self.model if self.ema is None else self.ema.module
         reducer = self.reducer if self.ema is None else self.ema_reducer
         choices = {DENSE: Choice(next(iter(self.recipes)), 0.0)}
-        choices |= {name: Choice(name, 1.0) for name in self.recipes}
+        choices |= {name: Choice(name, 1.0) for name, p in reducer.programs.items() if p.reduces}
         return validate(
             model,
             self.val,
