@@ -16,7 +16,10 @@ from mergence.family import Family
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families" / "README.md"
 LIBRARIES = ("timm", "transformers", "torchvision", "open_clip_torch", "torch")
 # NumPy below 2.4 is for the interpreter of that Triton, which only tests use.
-OTHERS = "once also with torch 2.15.0 (torchvision 0.29.2) and 2.9.1 (0.24.1, NumPy below 2.4)"
+OTHERS = (
+    "once also with torch 2.15.0 (torchvision 0.29.2) and 2.9.1 (0.24.1, NumPy below 2.4), the "
+    "latter also with the oldest release of each library that an extra allows"
+)
 CHECKPOINTING = ("set_grad_checkpointing", "gradient_checkpointing_enable")
 
 

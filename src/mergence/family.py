@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from functools import cache
 from typing import ClassVar
 
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from mergence import plugins
 from mergence.errors import PluginError, UnsupportedModelError
@@ -52,12 +54,14 @@ class Family(ABC):
         models: Qualified names of the model classes that it knows.
         supported: What it covers, for people to read.
         refused: Qualified names of classes that people may take for covered ones, and why not.
+        oldest: The oldest release of the library that it reads rightly; "" for any.
     """
 
     name: ClassVar[str]
     models: ClassVar[tuple[str, ...]]
     supported: ClassVar[str]
     refused: ClassVar[Mapping[str, str]] = {}
+    oldest: ClassVar[str] = ""
 
     @abstractmethod
     def inspect(self, model: nn.Module) -> ModelSpec:
@@ -118,10 +122,11 @@ def find(model: nn.Module) -> Family:
     """The family of a model.
 
     Raises:
-        UnsupportedModelError: No family knows the model's class.
+        UnsupportedModelError: No family knows the model's class, or its library is too old.
     """
     family = _match(model)
     if family is not None:
+        _require_release(family, model)
         return family
     known = "; ".join(f"{f.name} ({f.supported})" for f in registry().values())
     for one in registry().values():
@@ -140,6 +145,19 @@ def find(model: nn.Module) -> Family:
         f"No family knows the model class {qualified_names(type(model))[0]}; windowed, "
         f"hierarchical and convolutional models have no sequence of tokens to reduce. {hint}"
     )
+
+
+def _require_release(family: Family, model: nn.Module) -> None:
+    """Refuse a model of an older release, whose classes of the same names are built otherwise."""
+    known = next(name for name in qualified_names(type(model)) if name in family.models)
+    library = known.partition(".")[0]
+    found = getattr(sys.modules.get(library), "__version__", family.oldest)
+    if family.oldest and TorchVersion(found) < family.oldest:
+        raise UnsupportedModelError(
+            f"This {known.rpartition('.')[2]} is of {library} {found}, and mergence reads models "
+            f"of {library} {family.oldest} and newer. Upgrade it: pip install -U "
+            f"'{library}>={family.oldest}'."
+        )
 
 
 def _match(model: nn.Module) -> Family | None:

@@ -44,6 +44,19 @@ def test_an_unknown_model_is_refused_with_what_was_found_and_what_is_known(
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("old", ["1.0.19", "1.0.20.dev0", "0.9.16"])
+def test_an_older_release_of_a_library_is_refused_before_anything_is_changed(
+    old: str, vit: nn.Module, snapshot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(vit)
+    monkeypatch.setattr(timm, "__version__", old)
+    with pytest.raises(UnsupportedModelError, match=rf"timm {old}.*timm 1\.0\.20 and newer"):
+        mergence.apply(vit, macs=0.67)
+    assert snapshot(vit) == before
+    monkeypatch.setattr(timm, "__version__", "1.0.20")
+    mergence.apply(vit, macs=0.67)
+
+
 def test_a_sharded_model_is_refused_with_the_order_that_works(dense: nn.Module, spec: Any) -> None:
     block = spec(dense).blocks[0]
     # What fully_shard does to a module, which needs processes.

@@ -73,6 +73,16 @@ def test_the_restated_block_is_bit_identical(
     assert not torch.equal(block.eval()(x), block(x, rope=rope))
 
 
+def test_attentions_of_older_releases_are_read_too(kind: Any) -> None:
+    """timm 1.0.20 to 1.0.26: neither a gate nor a width of the heads to look up."""
+    block, rope = kind
+    x = torch.randn(4, block.attn.num_prefix_tokens + 16, 48)
+    expected = block.eval()(x, rope=rope)
+    assert block.attn.gate is None
+    del block.attn.gate, block.attn.head_dim
+    assert torch.equal(restated(block, x, rope), expected)
+
+
 def test_the_gradients_of_the_restated_block_are_bit_identical(kind: Any) -> None:
     block, rope = kind
     block.eval()

@@ -10,7 +10,9 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mergence.families.timm import first_half, second_half
+import mergence
+from mergence.errors import ReducedOutputError
+from mergence.families.timm import FAMILY, first_half, second_half
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -89,3 +91,27 @@ def test_a_reduction_gets_the_queries_and_keys_of_the_attention(block: Any) -> N
     found = (q @ k.transpose(-2, -1) * block.attn.scale).softmax(dim=-1)
     # Not exact: timm scales the queries before the product, this test scales the product.
     torch.testing.assert_close(found, own[0], rtol=1e-5, atol=1e-6)
+
+
+def test_masks_reach_timm_as_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which masks a block takes differs between releases: 1.0.24 knows no `is_causal`."""
+    model = mergence.apply(FAMILY.tiny()["vit"](), macs=0.67)
+    x = torch.randn(2, 37, 48)
+    expected = Block.forward(model.blocks[0], x)
+
+    def of_then(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    monkeypatch.setattr(Block, "forward", of_then)
+    hidden = torch.zeros(37, 37).fill_diagonal_(-torch.inf)
+    with mergence.disabled(model):
+        assert torch.equal(model.blocks[0](x), expected)
+        assert not torch.equal(model.blocks[0](x, attn_mask=hidden), expected)
+        assert torch.equal(model.blocks[0](x, hidden), model.blocks[0](x, attn_mask=hidden))
+    for masked in (
+        partial(model.blocks[0], x, hidden),
+        partial(model.blocks[0], x, is_causal=True),
+    ):
+        with pytest.raises(ReducedOutputError, match="mask"):
+            masked()

@@ -61,13 +61,16 @@ def reduced_forward(
     return y
 
 
-def refuse_mask(given: bool) -> None:
+def refuse_mask(*masks: object) -> None:
     """Refuse an attention mask.
+
+    Args:
+        *masks: What was given for masks: None or False is none.
 
     Raises:
         ReducedOutputError: There is one.
     """
-    if given:
+    if any(mask is not None and mask is not False for mask in masks):
         raise ReducedOutputError(
             "A reduced model was given an attention mask. The mask speaks of the original tokens, "
             "which are merged on the way. Call without a mask, or use mergence.disabled(model)."

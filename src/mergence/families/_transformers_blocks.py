@@ -103,7 +103,7 @@ class ReducedBlock:
             return y
         # While it is traced for export, the library writes out a mask that hides nothing.
         if not torch.compiler.is_compiling():
-            refuse_mask(attention_mask is not None)
+            refuse_mask(attention_mask)
         layout = self._mergence_layout
 
         def placed(known: Carry) -> dict[str, Any]:

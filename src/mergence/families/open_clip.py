@@ -66,7 +66,7 @@ class ReducedBlock:
         if step.program.run.disabled:
             y: Tensor = dense.forward(q_x, k_x, v_x, attn_mask)
             return y
-        refuse_mask(attn_mask is not None)
+        refuse_mask(attn_mask)
         return reduced_forward(
             self,
             q_x,

@@ -1,6 +1,6 @@
 """timm's plain Vision Transformers: ViT, DeiT, DeiT-3, DINOv2, CLIP and SigLIP image towers.
 
-Written against timm 1.0.31; needs 1.0.16, which brought `attn_mask` to the blocks.
+Written against timm 1.0.31; 1.0.20 is the oldest of which the tests pass.
 """
 
 from __future__ import annotations
@@ -56,14 +56,13 @@ def attend(
     attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gate: Tensor | None
 ) -> Tensor:
     """What timm's attentions do from queries, keys and values `[B, H, N, D]` on, `[B, N, C]`."""
-    batch, _, tokens, _ = q.shape
     if attn.fused_attn:
         dropout = attn.attn_drop.p if attn.training else 0.0
         y = ops.attend(q, k, v, bias, dropout)
     else:
         logits = (q * attn.scale) @ k.transpose(-2, -1)
         y = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ v
-    y = attn.norm(y.transpose(1, 2).reshape(batch, tokens, attn.num_heads * attn.head_dim))
+    y = attn.norm(y.transpose(1, 2).flatten(2))
     y = y if gate is None else y * gate
     out: Tensor = attn.proj_drop(attn.proj(y))
     return out
@@ -84,16 +83,17 @@ def second_half(block: Any, x: Tensor) -> Tensor:
 class ReducedBlock:
     """Mixed into `timm.models.vision_transformer.Block`."""
 
-    def forward(
-        self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """The block's forward, with fewer tokens after it where the schedule says so."""
+    def forward(self: Any, x: Tensor, *masks: Any, **named: Any) -> Tensor:
+        """The block's forward, with fewer tokens after it where the schedule says so.
+
+        What masks there are differs between timm's releases.
+        """
         step: BlockStep = self._mergence
         dense: Any = super(ReducedBlock, self)
         if step.program.run.disabled:
-            y: Tensor = dense.forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            y: Tensor = dense.forward(x, *masks, **named)
             return y
-        refuse_mask(attn_mask is not None or is_causal)
+        refuse_mask(*masks, *named.values())
         return reduced_forward(
             self,
             x,
@@ -247,6 +247,7 @@ class Timm(Family):
         "registers, CLIP and SigLIP image towers"
     )
     refused: ClassVar[Mapping[str, str]] = REFUSED
+    oldest: ClassVar[str] = "1.0.20"
     block: ClassVar[tuple[str, ...]] = (_VIT + "Block",)
     attention: ClassVar[tuple[str, ...]] = (_ATTENTION,)
     embed: ClassVar[tuple[str, ...]] = (_EMBED,)

@@ -33,14 +33,15 @@ def attention(
     from timm.layers import apply_rot_embed_cat
 
     batch, tokens, _ = x.shape
-    gate = None if attn.gate is None else attn.gate(x).sigmoid()
+    gate = None if getattr(attn, "gate", None) is None else attn.gate(x).sigmoid()
     if attn.qkv is None:
+        head_dim = attn.q_proj.out_features // attn.num_heads
         q, k, v = (
-            project(x).reshape(batch, tokens, -1, attn.head_dim).transpose(1, 2)
+            project(x).reshape(batch, tokens, -1, head_dim).transpose(1, 2)
             for project in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
     else:
-        qkv = packed_qkv(attn, x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim)
+        qkv = packed_qkv(attn, x).reshape(batch, tokens, 3, attn.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if rope is not None:
@@ -108,16 +109,16 @@ class ReducedEvaBlock:
         self: Any,
         x: Tensor,
         rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
+        *masks: Any,
+        **named: Any,
     ) -> Tensor:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
         dense: Any = super(ReducedEvaBlock, self)
         if step.program.run.disabled:
-            y: Tensor = dense.forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+            y: Tensor = dense.forward(x, rope, *masks, **named)
             return y
-        refuse_mask(attn_mask is not None or is_causal)
+        refuse_mask(*masks, *named.values())
         return reduced_forward(
             self,
             x,

@@ -70,7 +70,7 @@ class ReducedNaFlex(ReducedTrunk):
         if size is None:
             y: Tensor = dense._pool(x, pool_type, patch_valid)
             return y
-        refuse_mask(patch_valid is not None)
+        refuse_mask(patch_valid)
         return pool_by_size(self, x, size, kind)
 
 

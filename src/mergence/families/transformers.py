@@ -46,7 +46,7 @@ class ReducedTower:
         image = inputs[0] if inputs else options.get(self.main_input_name)
         if run.disabled or image is None:  # without an image the library says what is missing
             return dense.forward(*inputs, **options)
-        refuse_mask(options.get("attention_mask") is not None)
+        refuse_mask(options.get("attention_mask"))
         _require_additive(self.config, ReducedOutputError)
         if options.get("output_attentions", self.config.output_attentions):
             raise ReducedOutputError(
@@ -216,6 +216,7 @@ class Transformers(Family):
     )
 
     refused: ClassVar[Mapping[str, str]] = REFUSED
+    oldest: ClassVar[str] = "5.18"
 
     def inspect(self, model: Any) -> ModelSpec:
         """Read a model of transformers; see `Family.inspect`."""
