@@ -98,9 +98,17 @@ def replica() -> Callable[[Hashable, Callable[[], nn.Module]], nn.Module]:
         Pickler(file).dump(module)
         return file.getvalue(), tensors
 
+    templates: dict[Hashable, nn.Module] = {}  # of what its library does not let be pickled
+
     def build(key: Hashable, first: Callable[[], nn.Module]) -> nn.Module:
-        if key not in frozen:
-            frozen[key] = freeze(first())
+        if key not in frozen and key not in templates:
+            module = first()
+            try:
+                frozen[key] = freeze(module)
+            except AttributeError:  # a local function in it
+                templates[key] = module
+        if key in templates:
+            return copy.deepcopy(templates[key])
         data, tensors = frozen[key]
         copies = copy.deepcopy(tensors)
 
@@ -108,8 +116,8 @@ def replica() -> Callable[[Hashable, Callable[[], nn.Module]], nn.Module]:
             def persistent_load(self, index: int) -> Tensor:
                 return copies[index]
 
-        module: nn.Module = Unpickler(io.BytesIO(data)).load()
-        return module
+        restored: nn.Module = Unpickler(io.BytesIO(data)).load()
+        return restored
 
     return build
 

@@ -46,7 +46,7 @@ def _row(one: Family, kind: str, model: nn.Module) -> str:
         spec.cost.prefix,
         "yes" if spec.cost.placed else "",
         "yes" if spec.coarse else "",
-        "class scores" if spec.classes else "an embedding",
+        "class scores" if spec.classes else "features",
         "yes" if any(hasattr(model, name) for name in CHECKPOINTING) else "not in the library",
     )
     return f"| {' | '.join(map(str, cells))} |\n"

@@ -29,5 +29,5 @@ def tempered_kl_divergence(dense: Tensor, reduced: Tensor) -> Tensor:
 
 
 def cosine_distance(dense: Tensor, reduced: Tensor) -> Tensor:
-    """1 - cosine of the features."""
-    return 1 - F.cosine_similarity(dense, reduced, dim=1)
+    """1 - cosine of the features, or of all values of a map together."""
+    return 1 - F.cosine_similarity(dense.flatten(1), reduced.flatten(1), dim=1)

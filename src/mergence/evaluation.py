@@ -186,8 +186,8 @@ def classes_of(model: nn.Module) -> int:
     classes = family.find(model).inspect(model).classes
     if not classes:
         raise OptionError(
-            f"This {type(model).__name__} answers with an embedding, and evaluation compares class "
-            "scores. Give it a classifier; calibrate, bench and trace take it as it is."
+            f"This {type(model).__name__} gives no class scores, which evaluation compares. Give "
+            "it a classifier; calibrate, bench and trace take it as it is."
         )
     return classes
 

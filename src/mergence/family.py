@@ -30,7 +30,8 @@ class ModelSpec:
         block_mixin: Mixed into each block: reduces between attention and MLP.
         parts: Other modules with what is mixed into each: the model itself (marks forwards), the
             tower inside it, heads that pool by size.
-        classes: How many class scores it gives; 0 where it answers with an embedding or tokens.
+        classes: How many class scores it gives; 0 where it answers with an embedding, tokens or
+            maps.
         coarse: Whether it can read some patches coarsely; see `mergence.coarse`.
     """
 

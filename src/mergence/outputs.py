@@ -12,10 +12,11 @@ def answer(output: Any) -> Tensor:
 
     timm, torchvision and open_clip return a tensor. transformers returns an output object, whose
     first entry are the logits or the projected embedding where there are any, and the tokens where
-    not; these come with what was pooled from them.
+    not; these come with what was pooled from them. A backbone's answer is the last of its maps.
     """
     if isinstance(output, Tensor):
         return output
     pooled = getattr(output, "pooler_output", None)
-    found: Tensor = output[0] if pooled is None else pooled
-    return found
+    found: Any = output[0] if pooled is None else pooled
+    last: Tensor = found[-1] if isinstance(found, tuple) else found
+    return last

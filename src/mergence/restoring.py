@@ -45,24 +45,32 @@ def restore(tokens: Tensor, source_map: Tensor | None = None) -> Tensor:
             "compiled code, or a source map: mergence.restore(tokens, source_map)."
         )
     left = carry.patches if carry.size is None else carry.size.shape[1]
-    prefix = tokens.shape[1] - left
-    return torch.cat((tokens[:, :prefix], restored(tokens[:, prefix:], carry)), dim=1)
+    return restored(tokens, carry, prefix=tokens.shape[1] - left)
 
 
-def restored(tokens: Tensor, carry: Carry | None, grid: tuple[int, int] | None = None) -> Tensor:
+def restored(
+    tokens: Tensor,
+    carry: Carry | None,
+    grid: tuple[int, int] | None = None,
+    *,
+    prefix: int = 0,
+) -> Tensor:
     """Restore patch tokens of any block of a forward.
 
     Args:
-        tokens: `[B, N, C]` patch tokens after some block.
+        tokens: `[B, P + N, C]` tokens after some block.
         carry: What was known at the end of that forward, or later than that block.
-        grid: Rows and columns of patches to fold the result into, or None.
+        grid: Rows and columns of patches to fold the result into, or None. Not with a prefix.
+        prefix: P, the prefix tokens that stay in front.
 
     Returns:
-        `[B, patches, C]`, the same tensor where nothing had been reduced; `[B, C, rows, columns]`
-        with a grid.
+        `[B, P + patches, C]`, the same tensor where nothing had been reduced;
+        `[B, C, rows, columns]` with a grid.
     """
-    source = None if carry is None else carry.source(tokens.shape[1])
-    full = tokens if source is None else _spread(tokens, source)
+    source = None if carry is None else carry.source(tokens.shape[1] - prefix)
+    full = tokens
+    if source is not None:
+        full = torch.cat((tokens[:, :prefix], _spread(tokens[:, prefix:], source)), dim=1)
     if grid is None:
         return full
     return full.transpose(1, 2).reshape(full.shape[0], -1, *grid).contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import mergence
 from mergence.calibration.probe import Probe
 from mergence.data import Batch
-from mergence.distances import kl_divergence
+from mergence.distances import cosine_distance, kl_divergence
 from mergence.method import build
 from mergence.step import program_of
 
@@ -27,7 +27,7 @@ def test_evaluation_compares_answers(
     mergence.remove(dense)
     batch = Batch(image, labels, names=["one", "two"], skipped=[])
     if not found.classes:
-        with pytest.raises(mergence.MergenceError, match="answers with an embedding"):
+        with pytest.raises(mergence.MergenceError, match="gives no class scores"):
             mergence.evaluate(dense, [batch], {"reduced": recipe})
         return
     assert found.classes == expected.shape[1]
@@ -44,8 +44,9 @@ def test_a_measurement_that_starts_late_is_that_of_the_whole_model(
     counts = [36, 36, 20, 20, 9, 9]
     probe, expected = Probe(dense, [image]), output(dense, image)
     with mergence.applied(dense, "mergence", schedule=counts):
-        direct = float(kl_divergence(expected, output(dense, image)).mean())
-    found = probe.mean(kl_divergence, build("mergence", {}), counts)
+        distance = kl_divergence if expected.ndim == 2 else cosine_distance  # of a backbone's maps
+        direct = float(distance(expected, output(dense, image)).mean())
+    found = probe.mean(distance, build("mergence", {}), counts)
     assert found == pytest.approx(direct, abs=1e-6)
     assert direct > 0
 

@@ -19,6 +19,7 @@ CANNOT = [
     "timm_eva-eva02",
     "timm_naflex-gap",
     "transformers-dinov3",
+    "transformers-dinov3_backbone",
     "transformers-videomae",
 ]
 """Kinds whose places turn queries and keys or give a bias for every pair, videos, and NaFlex."""

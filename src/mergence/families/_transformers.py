@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -52,6 +52,7 @@ class Tower:
         head: The name of its attention pooling, where it has one.
         rotary: Its blocks turn queries and keys by place.
         masks: The name of the argument that makes it leave patches out.
+        maps: It makes feature maps of its hidden states.
     """
 
     block: str
@@ -63,6 +64,7 @@ class Tower:
     head: str | None = None
     rotary: bool = False
     masks: str | None = None
+    maps: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,19 @@ def _named(architecture: str, *classes: str) -> list[str]:
 
 
 _PROJECTION = "embeddings.patch_embeddings.projection"
+_DINOV2 = Tower("Dinov2Layer", "Dinov2Attention", DINO, "encoder.layer", _PROJECTION, 1)
+_DINOV2_REGISTERS = replace(
+    _DINOV2, block="Dinov2WithRegistersLayer", attention="Dinov2WithRegistersAttention"
+)
+_DINOV3 = Tower(
+    "DINOv3ViTLayer",
+    "DINOv3ViTAttention",
+    DINO,
+    "model.layer",
+    "embeddings.patch_embeddings",
+    1,
+    rotary=True,
+)
 
 TOWERS: dict[str, Tower] = {
     name: tower
@@ -117,33 +132,15 @@ TOWERS: dict[str, Tower] = {
             _named("audio_spectrogram_transformer", "ASTModel"),
             Tower("ASTLayer", "ASTAttention", VIT, "layers", _PROJECTION, 2),
         ),
+        (_named("dinov2", "Dinov2Model"), _DINOV2),
+        (_named("dinov2", "Dinov2Backbone"), replace(_DINOV2, maps=True)),
+        (_named("dinov2_with_registers", "Dinov2WithRegistersModel"), _DINOV2_REGISTERS),
         (
-            _named("dinov2", "Dinov2Model"),
-            Tower("Dinov2Layer", "Dinov2Attention", DINO, "encoder.layer", _PROJECTION, 1),
+            _named("dinov2_with_registers", "Dinov2WithRegistersBackbone"),
+            replace(_DINOV2_REGISTERS, maps=True),
         ),
-        (
-            _named("dinov2_with_registers", "Dinov2WithRegistersModel"),
-            Tower(
-                "Dinov2WithRegistersLayer",
-                "Dinov2WithRegistersAttention",
-                DINO,
-                "encoder.layer",
-                _PROJECTION,
-                1,
-            ),
-        ),
-        (
-            _named("dinov3_vit", "DINOv3ViTModel"),
-            Tower(
-                "DINOv3ViTLayer",
-                "DINOv3ViTAttention",
-                DINO,
-                "model.layer",
-                "embeddings.patch_embeddings",
-                1,
-                rotary=True,
-            ),
-        ),
+        (_named("dinov3_vit", "DINOv3ViTModel"), _DINOV3),
+        (_named("dinov3_vit", "DINOv3ViTBackbone"), replace(_DINOV3, maps=True)),
         (
             _named("clip", "CLIPVisionModel"),
             Tower(
@@ -199,6 +196,13 @@ CONTAINERS: dict[str, Container] = {
         ),
         (_named("clip", "CLIPModel", "CLIPVisionModelWithProjection"), _PROJECTED),
         (_named("siglip", "SiglipModel"), Container("vision_model", ())),
+        (
+            [
+                *_named("depth_anything", "DepthAnythingForDepthEstimation"),
+                *_named("prompt_depth_anything", "PromptDepthAnythingForDepthEstimation"),
+            ],
+            Container("backbone", ()),
+        ),
         (
             [
                 *_named("clip", "CLIPForImageClassification"),
@@ -262,6 +266,21 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
             "layerscale_value": 0.3,
             "use_gated_mlp": True,
             "pos_embed_rescale": None,  # else training is random
+        },
+    ),
+    "dinov2_backbone": (
+        "Dinov2Backbone",
+        "Dinov2Config",
+        {"mlp_ratio": 4, "layerscale_value": 0.3, "out_indices": [1, 2, 6]},
+    ),
+    "dinov3_backbone": (
+        "DINOv3ViTBackbone",
+        "DINOv3ViTConfig",
+        {
+            "num_register_tokens": 4,
+            "layerscale_value": 0.3,
+            "out_indices": [1, 2, 6],
+            "pos_embed_rescale": None,
         },
     ),
     "clip": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {"projection_dim": 24}),

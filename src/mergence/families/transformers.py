@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from mergence.families._transformers import (
 from mergence.families._transformers_blocks import BLOCK_MIXINS
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
+from mergence.restoring import restored
 from mergence.state import Run, attach
 from mergence.step import Program
 from mergence.surgery import original_class
@@ -58,6 +60,8 @@ class ReducedTower:
         program.tokens(rows * columns)  # refuses a size at which the schedule cannot be followed
         with run.forward((rows, columns)):
             outputs = dense.forward(*inputs, **options)
+            if not isinstance(outputs[0], Tensor):
+                return outputs  # a backbone's maps, made of what ReducedStack gave out
             known = run.known()
             if not run.averaged or known is None or known.size is None:
                 attach(outputs[0], known)
@@ -92,6 +96,34 @@ class ReducedMaskingTower(ReducedTower):
             patches = math.prod(_grid(self.config, image.shape))
             options["noise"] = torch.arange(patches, device=image.device).expand(len(image), -1)
         return super().forward(*inputs, **options)
+
+
+class ReducedStack:
+    """Mixed into the blocks' common parent in backbones, which make maps of what it gives out."""
+
+    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
+        """The blocks' forward, in which tokens that become maps are there for every patch again."""
+        dense: Any = super(ReducedStack, self)
+        program: Program = self._mergence
+        outputs = dense.forward(*inputs, **options)
+        known = program.run.known()
+        if program.run.disabled or known is None:
+            return outputs
+        everywhere = replace(known, size=None, bias=None, position=None, slots=())
+        stages = self.config.stage_names
+        wanted = {*self.config.out_features, stages[-1]}
+
+        def full(stage: str, tokens: Tensor) -> Tensor:
+            if stage not in wanted:
+                return tokens
+            tokens = restored(tokens, known, prefix=program.prefix)
+            attach(tokens, everywhere)
+            return tokens
+
+        # As in the library, a model that was cut short has fewer hidden states than stages.
+        states = zip(stages, outputs.hidden_states, strict=False)
+        outputs.hidden_states = tuple(full(stage, tokens) for stage, tokens in states)
+        return outputs
 
 
 class ReducedEmbeddings:
@@ -211,8 +243,9 @@ class Transformers(Family):
     supported: ClassVar[str] = (
         "transformers' ViT, DeiT, DINOv2 with and without registers, DINOv3, and the vision "
         "towers of CLIP and SigLIP (SigLIP 2 too, where its checkpoints load as SigLIP), alone, "
-        "with a classifier, and inside CLIPModel and SiglipModel; the encoder of ViT-MAE on whole "
-        "images; VideoMAE; Audio Spectrogram Transformer"
+        "with a classifier, and inside CLIPModel and SiglipModel; DINOv2 and DINOv3 as backbones, "
+        "and Depth Anything; the encoder of ViT-MAE on whole images; VideoMAE; Audio Spectrogram "
+        "Transformer"
     )
 
     refused: ClassVar[Mapping[str, str]] = REFUSED
@@ -251,6 +284,8 @@ class Transformers(Family):
         head = getattr(tower, kind.head, None) if kind.head else None
         if head is not None:
             parts.append((head, ReducedHead))
+        if kind.maps:
+            parts.append((tower.get_submodule(kind.blocks.rpartition(".")[0]), ReducedStack))
         if container is not None:
             mixin = AveragingContainer if container.averages else ReducedContainer
             parts.append((model, mixin))

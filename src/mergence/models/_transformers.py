@@ -57,10 +57,10 @@ def named(name: str, checkpoint: Path | None) -> Built:
             f"{cls.__name__} ({missing[0]}, ...), which would stay random. Use a checkpoint that "
             "was saved from this class."
         )
-    if model.config.num_channels != 3:
+    channels = (getattr(model.config, "backbone_config", None) or model.config).num_channels
+    if channels != 3:
         raise UnsupportedModelError(
-            f"'hf:{name}' takes images of {model.config.num_channels} channels. "
-            "Use one with 3 (RGB)."
+            f"'hf:{name}' takes images of {channels} channels. Use one with 3 (RGB)."
         )
     return Built(model, None, partial(_describe, processor=processor))
 
@@ -118,5 +118,7 @@ def _describe(model: Any, spec: str, *, processor: Any) -> LoadedModel:
 
 
 def _pixels(image: Image, *, processor: Any) -> Tensor:
-    pixels: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    # Depth models would keep each image's proportions, and a batch is of one size.
+    one_size = {"keep_aspect_ratio": False} if hasattr(processor, "keep_aspect_ratio") else {}
+    pixels: Tensor = processor(images=image, return_tensors="pt", **one_size)["pixel_values"][0]
     return pixels
