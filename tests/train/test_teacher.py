@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.nn import functional as F
 
 from mergence.errors import MergenceError, OptionError
@@ -17,6 +18,7 @@ from mergence.models import DEMO_MODEL, load_model
 from mergence.train import Config, fit
 from mergence.train.levels import Choice
 from mergence.train.run import Run
+from mergence.train.validation import Examiner
 
 Build = Callable[..., Config]
 
@@ -62,6 +64,37 @@ def test_it_sees_the_images_as_it_was_trained_to_see_them(
     assert torch.allclose(found, kl, atol=1e-5)
     found.sum().backward()
     assert not any(p.requires_grad for p in objective.teacher.parameters())
+
+
+def test_it_is_asked_about_each_validation_image_once(config: Build) -> None:
+    run = Run(config(distill=1.0, val="demo", val_limit=100))
+    asked: list[int] = []
+    run.objective.teacher.register_forward_pre_hook(lambda _, x: asked.append(len(x[0])))
+    before = run.validate()
+    assert sum(asked) == 100
+    with torch.no_grad():  # the model moves, and is compared with what its teacher said
+        for parameter in run.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    after = run.validate()
+    assert sum(asked) == 100
+    assert before["dense"].kl < 1e-6 < after["dense"].kl
+    asked.clear()
+    run.examiner = Examiner(run.objective.teacher)
+    assert run.validate() == after
+    assert sum(asked) == 100
+
+
+def test_an_examiner_asks_again_where_other_images_come() -> None:
+    teacher, asked = nn.Linear(2, 3), list[int]()
+    teacher.register_forward_pre_hook(lambda _, x: asked.append(len(x[0])))
+    examiner, x = Examiner(teacher), torch.randn(2, 2)
+    first = examiner.known(0, ["a", "b"], x)
+    assert torch.equal(examiner.known(0, ["a", "b"], x), first)
+    assert asked == [2]
+    # One of them could not be read this time.
+    assert examiner.known(0, ["a"], x[:1]).shape == (1, 3)
+    assert examiner.known(1, ["c", "d"], x).shape == (2, 3)
+    assert asked == [2, 1, 2]
 
 
 def test_a_run_from_other_weights_learns_from_the_model_that_it_names(

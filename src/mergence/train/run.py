@@ -26,7 +26,7 @@ from mergence.train.objective import Objective
 from mergence.train.seeding import seed_all
 from mergence.train.targets import Targets
 from mergence.train.teacher import teacher_of
-from mergence.train.validation import DENSE, Score, validate
+from mergence.train.validation import DENSE, Examiner, Score, validate
 
 
 @dataclass
@@ -115,6 +115,7 @@ class Run:
         self.ema = self._averaged(model) if config.ema else None
         teacher = teacher_of(config, self.loaded, self.class_names)
         self.objective = Objective(config, model, self.reducer, teacher)
+        self.examiner = None if teacher is None else Examiner(teacher)
         optimizer = build.optimizer_of(model, config)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = build.schedule_of(self.optimizer, config, self.feed.steps)
@@ -157,7 +158,7 @@ class Run:
             model,
             self.val,
             {name: partial(reducer.select, choice) for name, choice in choices.items()},
-            teacher=self.objective.teacher,
+            examiner=self.examiner,
             shape=self.loaded.input_size,
             accelerator=self.accelerator,
             skipped=self.skipped,

@@ -37,6 +37,32 @@ class Score:
     kl: float
 
 
+class Examiner:
+    """What a fixed teacher says to the validation images: asked once, compared with every epoch.
+
+    Args:
+        teacher: The teacher.
+    """
+
+    def __init__(self, teacher: nn.Module) -> None:
+        self._teacher = teacher
+        self._said: dict[int, tuple[list[str], Tensor]] = {}
+
+    def known(self, number: int, names: list[str], x: Tensor) -> Tensor:
+        """The teacher's answers `[B, K]`, in float32.
+
+        Args:
+            number: The batch's place in the epoch, which is the same in every epoch.
+            names: What its images are called: one that cannot be read now and then is left out.
+            x: The images `[B, C, H, W]`.
+        """
+        before, answers = self._said.get(number, ([], None))
+        if answers is None or before != names:
+            answers = answer(self._teacher(x)).float()
+            self._said[number] = (names, answers.cpu())
+        return answers.to(x.device)
+
+
 def tensors(batch: Batch, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The images and labels of a batch on a device.
 
@@ -56,7 +82,7 @@ def validate(
     feed: Feed | StreamFeed,
     paths: Mapping[str, Callable[[], object]],
     *,
-    teacher: nn.Module | None = None,
+    examiner: Examiner | None = None,
     shape: tuple[int, ...],
     accelerator: Any,
     skipped: dict[str, str],
@@ -67,7 +93,7 @@ def validate(
         model: The model, perhaps wrapped; its mode is the same afterwards.
         feed: Our part of the validation images.
         paths: What makes the model take each path, by name.
-        teacher: The model that they are compared with; None is the first path.
+        examiner: Knows what they are compared with; None is the first path.
         shape: Shape of an image.
         accelerator: Adds up what the processes counted.
         skipped: Images that cannot be read are added to it, with the reason.
@@ -79,13 +105,13 @@ def validate(
     model.eval()
     sums = torch.zeros(len(paths), 4)
     images = 0
-    for (batch,) in feed.epoch(0):
+    for number, (batch,) in enumerate(feed.epoch(0)):
         skipped |= {item.name: item.reason for item in batch.skipped}
         x, labels = tensors(batch, shape, accelerator.device)
         known = None
-        if teacher is not None:
+        if examiner is not None:
             with accelerator.autocast():
-                known = answer(teacher(x)).float()
+                known = examiner.known(number, batch.names, x)
         for row, select in zip(sums, paths.values(), strict=True):
             select()
             logits = answer(model(x)).float()
