@@ -80,6 +80,52 @@ def test_models_of_image_and_text_are_reduced_directly(cls: str, image: Tensor) 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("library", ["llava", "paligemma"])
+def test_a_language_model_reads_the_tokens_that_its_tower_leaves(
+    library: str, image: Tensor
+) -> None:
+    size = {"hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 3}
+    vision: Any = size | {"intermediate_size": 96, "image_size": 96, "patch_size": 16}
+    text: Any = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3}
+    text |= {"intermediate_size": 96, "vocab_size": 64, "num_key_value_heads": 3, "head_dim": 16}
+    if library == "llava":
+        config = transformers.LlavaConfig(
+            vision_config=vision | {"model_type": "clip_vision_model"},
+            text_config=text | {"model_type": "llama"},
+            image_token_index=5,
+        )
+        model: Any = transformers.LlavaForConditionalGeneration(config).eval()
+    else:
+        config = transformers.PaliGemmaConfig(
+            vision_config=vision
+            | {"model_type": "siglip_vision_model", "vision_use_head": False, "projection_dim": 48},
+            text_config=text | {"model_type": "gemma"},
+            image_token_index=5,
+            projection_dim=48,
+            hidden_size=48,
+        )
+        model = transformers.PaliGemmaForConditionalGeneration(config).eval()
+    with pytest.raises(UnsupportedModelError, match=r"supported model at '\.model\.vision_tower'"):
+        mergence.apply(model, keep_rate=0.6)
+
+    def run(tokens: int) -> Tensor:
+        prompt = torch.tensor([[1] + [5] * tokens + [7, 8]] * 2)
+        mask = {"attention_mask": torch.ones_like(prompt)}
+        types = {"token_type_ids": torch.zeros_like(prompt)} if library == "paligemma" else {}
+        logits: Tensor = model(input_ids=prompt, pixel_values=image, **mask, **types).logits
+        return logits
+
+    dense = run(36)
+    tower = mergence.apply(model.model.vision_tower, schedule=[36, 28, 28, 20, 20, 9])
+    left = mergence.describe(tower).counts[-2 if library == "llava" else -1]
+    assert run(left).shape == (2, left + 3, 64)
+    with pytest.raises(ValueError, match="do not match"):
+        run(36)
+    with mergence.disabled(tower):
+        assert torch.equal(run(36), dense)
+
+
+@torch.no_grad()
 def test_hidden_states_are_those_of_the_tokens_there_are(image: Tensor) -> None:
     model = mergence.apply(tiny("vit"), keep_rate=0.7)
     found = model(image, output_hidden_states=True)
