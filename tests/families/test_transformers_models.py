@@ -52,7 +52,9 @@ def test_classifiers_average_by_size_and_towers_in_them_stay_plain(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cls", ["CLIPModel", "SiglipModel"])
+@pytest.mark.parametrize(
+    "cls", ["CLIPModel", "SiglipModel", "MetaClip2Model", "AltCLIPModel", "ChineseCLIPModel"]
+)
 def test_models_of_image_and_text_are_reduced_directly(cls: str, image: Tensor) -> None:
     config = tiny_configuration(cls.replace("Model", "Config"))
     model = randomised(getattr(transformers, cls)(config)).eval()
@@ -75,7 +77,7 @@ def test_models_of_image_and_text_are_reduced_directly(cls: str, image: Tensor) 
         assert torch.equal(model.get_image_features(image).pooler_output, embedding)
     alone = mergence.apply(mergence.remove(model).vision_model, keep_rate=0.7)
     pooled = alone(image).pooler_output
-    pooled = model.visual_projection(pooled) if cls == "CLIPModel" else pooled
+    pooled = pooled if cls == "SiglipModel" else model.visual_projection(pooled)
     assert torch.equal(pooled, found)
 
 

@@ -87,10 +87,26 @@ def _named(architecture: str, *classes: str) -> list[str]:
 
 
 _PROJECTION = "embeddings.patch_embeddings.projection"
-_DINOV2 = Tower("Dinov2Layer", "Dinov2Attention", DINO, "encoder.layer", _PROJECTION, 1)
-_DINOV2_REGISTERS = replace(
-    _DINOV2, block="Dinov2WithRegistersLayer", attention="Dinov2WithRegistersAttention"
-)
+
+
+def _vit(names: str, prefix: int = 1, **more: Any) -> Tower:
+    """A tower whose classes are named as ViT's: `names` is what they begin with."""
+    block, attention = f"{names}Layer", f"{names}Attention"
+    return Tower(block, attention, VIT, "layers", _PROJECTION, prefix, **more)
+
+
+def _dino(names: str, **more: Any) -> Tower:
+    """A tower as DINOv2's."""
+    block, attention = f"{names}Layer", f"{names}Attention"
+    return Tower(block, attention, DINO, "encoder.layer", _PROJECTION, 1, **more)
+
+
+def _clip(block: str, attention: str, prefix: int = 1, **more: Any) -> Tower:
+    """A tower as CLIP's."""
+    stem = "embeddings.patch_embedding"
+    return Tower(block, attention, CLIP, "encoder.layers", stem, prefix, **more)
+
+
 _DINOV3 = Tower(
     "DINOv3ViTLayer",
     "DINOv3ViTAttention",
@@ -100,116 +116,96 @@ _DINOV3 = Tower(
     1,
     rotary=True,
 )
+_VIDEOMAE = Tower(
+    "VideoMAELayer",
+    "VideoMAEAttention",
+    VIDEO,
+    "encoder.layer",
+    _PROJECTION,
+    0,
+    masks="bool_masked_pos",
+)
+_REGISTERS = "dinov2_with_registers"
 
 TOWERS: dict[str, Tower] = {
     name: tower
-    for names, tower in (
+    for (name,), tower in (
+        (_named("vit", "ViTModel"), _vit("ViT")),
+        (_named("deit", "DeiTModel"), _vit("DeiT", prefix=2)),
+        (_named("vit_msn", "ViTMSNModel"), _vit("ViTMSN")),
+        (_named("ijepa", "IJepaModel"), _vit("IJepa", prefix=0)),
+        (_named("vit_mae", "ViTMAEModel"), _vit("ViTMAE", masks="noise")),
+        (_named("videomae", "VideoMAEModel"), _VIDEOMAE),
+        (_named("audio_spectrogram_transformer", "ASTModel"), _vit("AST", prefix=2)),
+        (_named("dinov2", "Dinov2Model"), _dino("Dinov2")),
+        (_named("dinov2", "Dinov2Backbone"), _dino("Dinov2", maps=True)),
+        (_named(_REGISTERS, "Dinov2WithRegistersModel"), _dino("Dinov2WithRegisters")),
         (
-            _named("vit", "ViTModel"),
-            Tower("ViTLayer", "ViTAttention", VIT, "layers", _PROJECTION, 1),
-        ),
-        (
-            _named("deit", "DeiTModel"),
-            Tower("DeiTLayer", "DeiTAttention", VIT, "layers", _PROJECTION, 2),
-        ),
-        (
-            _named("vit_mae", "ViTMAEModel"),
-            Tower("ViTMAELayer", "ViTMAEAttention", VIT, "layers", _PROJECTION, 1, masks="noise"),
-        ),
-        (
-            _named("videomae", "VideoMAEModel"),
-            Tower(
-                "VideoMAELayer",
-                "VideoMAEAttention",
-                VIDEO,
-                "encoder.layer",
-                _PROJECTION,
-                0,
-                masks="bool_masked_pos",
-            ),
-        ),
-        (
-            _named("audio_spectrogram_transformer", "ASTModel"),
-            Tower("ASTLayer", "ASTAttention", VIT, "layers", _PROJECTION, 2),
-        ),
-        (_named("dinov2", "Dinov2Model"), _DINOV2),
-        (_named("dinov2", "Dinov2Backbone"), replace(_DINOV2, maps=True)),
-        (_named("dinov2_with_registers", "Dinov2WithRegistersModel"), _DINOV2_REGISTERS),
-        (
-            _named("dinov2_with_registers", "Dinov2WithRegistersBackbone"),
-            replace(_DINOV2_REGISTERS, maps=True),
+            _named(_REGISTERS, "Dinov2WithRegistersBackbone"),
+            _dino("Dinov2WithRegisters", maps=True),
         ),
         (_named("dinov3_vit", "DINOv3ViTModel"), _DINOV3),
         (_named("dinov3_vit", "DINOv3ViTBackbone"), replace(_DINOV3, maps=True)),
+        (_named("clip", "CLIPVisionModel"), _clip("CLIPEncoderLayer", "CLIPAttention")),
         (
-            _named("clip", "CLIPVisionModel"),
-            Tower(
-                "CLIPEncoderLayer",
-                "CLIPAttention",
-                CLIP,
-                "encoder.layers",
-                "embeddings.patch_embedding",
-                1,
-            ),
+            _named("metaclip_2", "MetaClip2VisionModel"),
+            _clip("MetaClip2EncoderLayer", "MetaClip2Attention"),
+        ),
+        (_named("altclip", "AltCLIPVisionModel"), _clip("AltCLIPEncoderLayer", "AltCLIPAttention")),
+        (
+            _named("chinese_clip", "ChineseCLIPVisionModel"),
+            _clip("ChineseCLIPVisionLayer", "ChineseCLIPVisionAttention"),
         ),
         (
             _named("siglip", "SiglipVisionModel"),
-            Tower(
-                "SiglipEncoderLayer",
-                "SiglipAttention",
-                CLIP,
-                "encoder.layers",
-                "embeddings.patch_embedding",
-                0,
-                head="head",
-            ),
+            _clip("SiglipEncoderLayer", "SiglipAttention", prefix=0, head="head"),
         ),
     )
-    for name in names
 }
 
 _PROJECTED = Container("vision_model", ("visual_projection",))
+_AVERAGED = Container("vision_model", ("classifier",), averages=True)
+_BACKBONE = Container("backbone", ())
+
+
+def _classifier(tower: str, averages: bool = False) -> Container:
+    return Container(tower, ("classifier",), averages)
+
+
 CONTAINERS: dict[str, Container] = {
     name: container
     for names, container in (
-        (_named("vit", "ViTForImageClassification"), Container("vit", ("classifier",))),
-        (_named("deit", "DeiTForImageClassification"), Container("deit", ("classifier",))),
+        (_named("vit", "ViTForImageClassification"), _classifier("vit")),
+        (_named("deit", "DeiTForImageClassification"), _classifier("deit")),
         (
             _named("deit", "DeiTForImageClassificationWithTeacher"),
             Container("deit", ("cls_classifier", "distillation_classifier")),
         ),
+        (_named("vit_msn", "ViTMSNForImageClassification"), _classifier("vit")),
+        (_named("ijepa", "IJepaForImageClassification"), _classifier("ijepa", averages=True)),
         (
             _named("audio_spectrogram_transformer", "ASTForAudioClassification"),
-            Container("audio_spectrogram_transformer", ("classifier",)),
+            _classifier("audio_spectrogram_transformer"),
         ),
         (
             _named("videomae", "VideoMAEForVideoClassification"),
-            Container("videomae", ("classifier",), averages=True),
+            _classifier("videomae", averages=True),
         ),
+        (_named("dinov2", "Dinov2ForImageClassification"), _classifier("dinov2", averages=True)),
         (
-            _named("dinov2", "Dinov2ForImageClassification"),
-            Container("dinov2", ("classifier",), averages=True),
-        ),
-        (
-            _named("dinov2_with_registers", "Dinov2WithRegistersForImageClassification"),
-            Container("dinov2_with_registers", ("classifier",), averages=True),
+            _named(_REGISTERS, "Dinov2WithRegistersForImageClassification"),
+            _classifier(_REGISTERS, averages=True),
         ),
         (_named("clip", "CLIPModel", "CLIPVisionModelWithProjection"), _PROJECTED),
+        (_named("clip", "CLIPForImageClassification"), _AVERAGED),
+        (_named("metaclip_2", "MetaClip2Model", "MetaClip2VisionModelWithProjection"), _PROJECTED),
+        (_named("metaclip_2", "MetaClip2ForImageClassification"), _AVERAGED),
+        (_named("altclip", "AltCLIPModel"), _PROJECTED),
+        (_named("chinese_clip", "ChineseCLIPModel"), _PROJECTED),
         (_named("siglip", "SiglipModel"), Container("vision_model", ())),
-        (
-            [
-                *_named("depth_anything", "DepthAnythingForDepthEstimation"),
-                *_named("prompt_depth_anything", "PromptDepthAnythingForDepthEstimation"),
-            ],
-            Container("backbone", ()),
-        ),
-        (
-            [
-                *_named("clip", "CLIPForImageClassification"),
-                *_named("siglip", "SiglipForImageClassification"),
-            ],
-            Container("vision_model", ("classifier",), averages=True),
-        ),
+        (_named("siglip", "SiglipForImageClassification"), _AVERAGED),
+        (_named("depth_anything", "DepthAnythingForDepthEstimation"), _BACKBONE),
+        (_named("prompt_depth_anything", "PromptDepthAnythingForDepthEstimation"), _BACKBONE),
     )
     for name in names
 }
@@ -283,7 +279,17 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
             "pos_embed_rescale": None,
         },
     ),
+    "vit_msn": ("ViTMSNForImageClassification", "ViTMSNConfig", {}),
+    "ijepa": ("IJepaForImageClassification", "IJepaConfig", {}),
     "clip": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {"projection_dim": 24}),
+    "metaclip2": (
+        "MetaClip2VisionModelWithProjection",
+        "MetaClip2VisionConfig",
+        {"projection_dim": 24},
+    ),
+    "metaclip2_classifier": ("MetaClip2ForImageClassification", "MetaClip2Config", {}),
+    "altclip": ("AltCLIPVisionModel", "AltCLIPVisionConfig", {}),
+    "chinese_clip": ("ChineseCLIPVisionModel", "ChineseCLIPVisionConfig", {}),
     "clip_classifier": ("CLIPForImageClassification", "CLIPConfig", {}),
     "siglip": ("SiglipVisionModel", "SiglipVisionConfig", {}),
     "siglip_classifier": ("SiglipForImageClassification", "SiglipConfig", {}),
@@ -313,8 +319,9 @@ def tiny_configuration(config: str, **options: Any) -> Any:
     }
     if not config.startswith("Dinov2"):
         size["intermediate_size"] = 192
-    if config in ("CLIPConfig", "SiglipConfig"):
+    if "text_config" in getattr(transformers, config).sub_configs:
         text = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3}
+        text["project_dim"] = 48  # AltCLIP's
         options |= {
             "vision_config": size,
             "text_config": text | {"intermediate_size": 96, "vocab_size": 64},

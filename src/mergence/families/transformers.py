@@ -1,4 +1,4 @@
-"""transformers' Vision Transformers: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, MAE and VideoMAE.
+"""transformers' Vision Transformers: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP and their kin.
 
 What the library calls a model is here the *tower* (`ViTModel`, `CLIPVisionModel`), and what it puts
 around one (`ViTForImageClassification`, `CLIPModel`) a *container*; both can be reduced.
@@ -241,11 +241,11 @@ class Transformers(Family):
     name: ClassVar[str] = "transformers"
     models: ClassVar[tuple[str, ...]] = (*TOWERS, *CONTAINERS)
     supported: ClassVar[str] = (
-        "transformers' ViT, DeiT, DINOv2 with and without registers, DINOv3, and the vision "
-        "towers of CLIP and SigLIP (SigLIP 2 too, where its checkpoints load as SigLIP), alone, "
-        "with a classifier, and inside CLIPModel and SiglipModel; DINOv2 and DINOv3 as backbones, "
-        "and Depth Anything; the encoder of ViT-MAE on whole images; VideoMAE; Audio Spectrogram "
-        "Transformer"
+        "transformers' ViT, DeiT, ViT-MSN, I-JEPA, DINOv2 with and without registers, DINOv3, and "
+        "the vision towers of CLIP, MetaCLIP 2, AltCLIP, Chinese CLIP and SigLIP (SigLIP 2 too, "
+        "where its checkpoints load as SigLIP), alone, with a classifier, and inside CLIPModel and "
+        "SiglipModel; DINOv2 and DINOv3 as backbones, and Depth Anything; the encoder of ViT-MAE "
+        "on whole images; VideoMAE; Audio Spectrogram Transformer"
     )
 
     refused: ClassVar[Mapping[str, str]] = REFUSED

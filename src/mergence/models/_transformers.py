@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # What takes an image and nothing else, of what a checkpoint of image and text holds.
-_TOWERS = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipVisionModel"}
+_TOWERS = {
+    "CLIPModel": "CLIPVisionModelWithProjection",
+    "MetaClip2Model": "MetaClip2VisionModelWithProjection",
+    "ChineseCLIPModel": "ChineseCLIPVisionModel",
+    "SiglipModel": "SiglipVisionModel",
+}
 
 
 def named(name: str, checkpoint: Path | None) -> Built:
