@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -30,7 +29,7 @@ from mergence.families._transformers_blocks import BLOCK_MIXINS
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
 from mergence.restoring import restored
-from mergence.state import Run, attach
+from mergence.state import Carry, Run, attach
 from mergence.step import Program
 from mergence.surgery import original_class
 
@@ -109,7 +108,6 @@ class ReducedStack:
         known = program.run.known()
         if program.run.disabled or known is None:
             return outputs
-        everywhere = replace(known, size=None, bias=None, position=None, slots=())
         stages = self.config.stage_names
         wanted = {*self.config.out_features, stages[-1]}
 
@@ -117,12 +115,12 @@ class ReducedStack:
             if stage not in wanted:
                 return tokens
             tokens = restored(tokens, known, prefix=program.prefix)
-            attach(tokens, everywhere)
+            attach(tokens, Carry(patches=known.patches, grid=known.grid))
             return tokens
 
-        # As in the library, a model that was cut short has fewer hidden states than stages.
-        states = zip(stages, outputs.hidden_states, strict=False)
-        outputs.hidden_states = tuple(full(stage, tokens) for stage, tokens in states)
+        outputs.hidden_states = tuple(
+            full(stages[index], tokens) for index, tokens in enumerate(outputs.hidden_states)
+        )
         return outputs
 
 
