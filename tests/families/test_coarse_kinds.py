@@ -186,3 +186,18 @@ def test_transformers_compile_in_one_graph_and_export_with_any_batch(image: Tens
         batch = {0: torch.export.Dim("batch", min=1, max=64)}
         exported = torch.export.export(model, (image,), dynamic_shapes={"pixel_values": batch})
         torch.testing.assert_close(answer(exported.module()(image[:2])), expected[:2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(16, 512), (512, 16)], ids=["a row", "a column"])
+def test_a_line_of_patches_has_no_regions_and_only_merges(size: tuple[int, int]) -> None:
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=size).eval()
+    mergence.apply(model, macs=0.4)
+    found = mergence.describe(model)
+    assert found.start == found.patches == 32
+    assert found.macs_ratio <= 0.4
+    assert model(torch.randn(2, 3, *size)).shape == (2, 1000)
+    with pytest.raises(OptionError, match="cannot read patches of this model coarsely"):
+        mergence.apply(model, macs=0.4, coarse=0.25)

@@ -166,6 +166,13 @@ def test_a_depth_model_by_name_takes_all_images_at_one_size(tmp_path: Path) -> N
     mergence.apply(loaded.model, macs=0.6)
     with torch.no_grad():
         assert answer(loaded.model(pixels.unsqueeze(0))).shape == (1, SIDE, SIDE)
+    # The library's own way to use it keeps proportions.
+    estimate = transformers.pipeline(
+        "depth-estimation",
+        model=loaded.model,
+        image_processor=transformers.AutoImageProcessor.from_pretrained(tmp_path),
+    )
+    assert estimate(Image.new("RGB", (200, 50), "red"))["depth"].size == (200, 50)
 
 
 def test_a_depth_model_on_another_backbone_is_refused() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mergence.coarse import SIDE
 from mergence.step import Program
 
 HALF = (torch.bfloat16, torch.float16)
@@ -50,14 +51,19 @@ class CoarseTokens:
         return program.coarsened(dense.forward(*inputs, **options))
 
 
-def can_read_coarsely(stem: nn.Module) -> bool:
+def can_read_coarsely(stem: nn.Module, grid: tuple[int, int]) -> bool:
     """Whether a patch embedding can read regions of four patches as one.
 
     It has to be one convolution whose patches do not overlap, so that a region at half the
-    resolution is a patch to it.
+    resolution is a patch to it; and a line of patches has no regions.
+
+    Args:
+        stem: The patch embedding.
+        grid: Patch rows and columns at the model's own input size.
     """
     return (
         isinstance(stem, nn.Conv2d)
+        and min(grid) >= SIDE
         and stem.kernel_size == stem.stride
         and stem.padding in ("valid", (0, 0))
         and stem.dilation == (1, 1)

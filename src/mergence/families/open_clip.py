@@ -211,7 +211,7 @@ class OpenClip(Family):
         head = 0 if tower.proj is None else tower.proj.numel()
         per_token = 0
         parts: list[tuple[nn.Module, type]] = [(tower, ReducedTower)]
-        if coarse := can_read_coarsely(tower.conv1):
+        if coarse := can_read_coarsely(tower.conv1, tower.grid_size):
             # Between positions and the norm before the first block stands this, an identity here.
             parts += [(tower.conv1, CoarseStem), (tower.patch_dropout, CoarseTokens)]
         if pool is not None:

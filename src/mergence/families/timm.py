@@ -281,7 +281,9 @@ class Timm(Family):
                 "no fixed place. Build it with patch_drop_rate=0."
             )
         blocks = tuple(model.blocks)
-        coarse = issubclass(self.model_mixin, ReducedViT) and can_read_coarsely(embed.proj)
+        coarse = issubclass(self.model_mixin, ReducedViT) and can_read_coarsely(
+            embed.proj, embed.grid_size
+        )
         cost = ModelCost(
             blocks=tuple(
                 BlockCost(

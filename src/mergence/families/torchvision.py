@@ -89,9 +89,10 @@ class Torchvision(Family):
                 f"The attention of block {index}",
                 self.supported,
             )
+        side = model.image_size // model.patch_size
         heads = [m for m in model.heads.modules() if isinstance(m, nn.Linear)]
         parts: list[tuple[nn.Module, type]] = [(model, ReducedModel)]
-        if coarse := can_read_coarsely(model.conv_proj):
+        if coarse := can_read_coarsely(model.conv_proj, (side, side)):
             # The encoder adds positions; its dropout is the first that has tokens with them.
             parts += [(model.conv_proj, CoarseStem), (model.encoder.dropout, CoarseTokens)]
         return ModelSpec(

@@ -277,7 +277,8 @@ class Transformers(Family):
             (tower, ReducedMaskingTower if kind.masks else ReducedTower)
         ]
         stem = tower.get_submodule(kind.stem)
-        if coarse := can_read_coarsely(stem) and not (kind.rotary or kind.masks):
+        grid = _grid(tower.config, _input_shape(tower.config))
+        if coarse := can_read_coarsely(stem, grid) and not (kind.rotary or kind.masks):
             parts += [(stem, CoarseStem), (tower.embeddings, ReducedEmbeddings)]
         head = getattr(tower, kind.head, None) if kind.head else None
         if head is not None:
@@ -290,7 +291,7 @@ class Transformers(Family):
         heads = [getattr(model, name) for name in container.heads] if container else []
         return ModelSpec(
             blocks=blocks,
-            patches=math.prod(_grid(tower.config, _input_shape(tower.config))),
+            patches=math.prod(grid),
             cost=_cost(tower, kind, head, heads),
             block_mixin=BLOCK_MIXINS[kind.layout],
             parts=tuple(parts),
