@@ -14,7 +14,7 @@ import mergence
 from mergence import demo
 from mergence.data import Batch, Skipped, loader
 from mergence.distances import kl_divergence
-from mergence.errors import DataError
+from mergence.errors import DataError, OptionError
 from mergence.evaluation import _Tally, evaluate
 from mergence.recipe import make
 
@@ -53,6 +53,17 @@ def test_keeping_everything_agrees_exactly_with_the_dense_model(embedded: nn.Mod
     assert [row.name for row in result] == ["dense", "all"]
     assert (result[1].agreement, result[1].kl, result[1].macs_ratio) == (100.0, 0.0, 1.0)
     assert result[1].top1 is None
+
+
+def test_features_of_which_tokens_were_merged_cannot_be_compared() -> None:
+    """A tower without a pooling answers with tokens."""
+    from mergence.families.transformers import FAMILY
+
+    tower = FAMILY.tiny()["vit_pooler"]()
+    tower.pooler = None
+    images = torch.randn(2, 3, 96, 96)
+    with pytest.raises(OptionError, match=r"\[2, 37, 48\] and \[2, 1[0-9], 48\].*pools"):
+        evaluate(tower, batches(images, None), {"reduced": make("mergence", keep_rate=0.7)})
 
 
 def test_skipped_images_are_reported_and_do_not_count(embedded: nn.Module) -> None:

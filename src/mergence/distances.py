@@ -7,6 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional as F
 
+from mergence.errors import OptionError
+
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Dense and reduced output, `[B, K]` each -> distance of each image, `[B]`."""
 
@@ -29,5 +31,15 @@ def tempered_kl_divergence(dense: Tensor, reduced: Tensor) -> Tensor:
 
 
 def cosine_distance(dense: Tensor, reduced: Tensor) -> Tensor:
-    """1 - cosine of the features, or of all values of a map together."""
+    """1 - cosine of the features, or of all values of a map together.
+
+    Raises:
+        OptionError: There are fewer of the reduced ones, because they are tokens.
+    """
+    if dense.shape != reduced.shape:
+        raise OptionError(
+            f"The model answers with its tokens, so that the dense and the reduced answers cannot "
+            f"be compared ({list(dense.shape)} and {list(reduced.shape)}). Give a model that pools "
+            "them, or a backbone, whose maps have a place for every patch."
+        )
     return 1 - F.cosine_similarity(dense.flatten(1), reduced.flatten(1), dim=1)

@@ -14,8 +14,8 @@ from mergence import family, surgery
 from mergence.api import apply, describe, remove
 from mergence.data import Batch, Skipped
 from mergence.devices import synchronise, warn_of_slow_type
-from mergence.distances import kl_divergence
-from mergence.errors import DataError, OptionError
+from mergence.distances import cosine_distance, kl_divergence
+from mergence.errors import DataError
 from mergence.macs import count
 from mergence.outputs import answer
 from mergence.recipe import Recipe
@@ -34,8 +34,10 @@ class Result:
         macs_ratio: The same as a share of the dense model's.
         top1: Percent of images whose label is the first guess; None without labels.
         top5: Percent of images whose label is among the first five; None without labels.
-        agreement: Percent of images with the dense model's first guess.
-        kl: Mean Kullback-Leibler divergence from the dense model's distribution, in nats.
+        agreement: Percent of images with the dense model's first guess; None without class scores.
+        kl: Mean Kullback-Leibler divergence from the dense model's distribution, in nats; None
+            without class scores.
+        cosine: Mean cosine distance from the dense model's features; None for class scores.
         images_per_s: Images per second of forward time, in batches as evaluated.
     """
 
@@ -45,8 +47,9 @@ class Result:
     macs_ratio: float
     top1: float | None
     top5: float | None
-    agreement: float
-    kl: float
+    agreement: float | None
+    kl: float | None
+    cosine: float | None
     images_per_s: float
 
 
@@ -90,7 +93,11 @@ class _Tally:
     top5: int = 0
     agreement: int = 0
     kl: float = 0.0
+    cosine: float = 0.0
     seconds: float = 0.0
+
+    def add_features(self, features: Tensor, dense: Tensor) -> None:
+        self.cosine += float(cosine_distance(dense, features).sum())
 
     def add(self, logits: Tensor, dense: Tensor, labels: Tensor | None) -> None:
         self.kl += float(kl_divergence(dense, logits).sum())
@@ -118,7 +125,8 @@ def evaluate(
     The model is moved to `device` and `dtype` and left there, otherwise as it was.
 
     Args:
-        model: A classifier of a known family.
+        model: A model of a known family. Where it gives no class scores, its embeddings, maps or
+            depths are compared by their cosine.
         batches: Images and labels, as `mergence.data.loader` yields them.
         recipes: What to compare, by name.
         device: Where to run.
@@ -129,10 +137,10 @@ def evaluate(
 
     Raises:
         DataError: No image could be read.
-        OptionError: The model gives no class scores.
+        OptionError: The model answers with tokens, which cannot be compared.
         MergenceError: A recipe does not fit the model.
     """
-    classes_of(model)
+    scores = family.find(model).inspect(model).classes > 0
     warn_of_slow_type(torch.device(device), dtype)
     model = model.to(device=device, dtype=dtype).eval()
     runs: dict[str, Recipe | None] = {DENSE: None, **recipes}
@@ -151,8 +159,8 @@ def evaluate(
                 if images == 0:  # a warm-up, so that no run pays for being the first
                     model(batch.images.to(device=device, dtype=dtype))
                 images += len(batch)
-                labelled = labelled or batch.labels is not None
-                _run_batch(model, batch, paths, tallies, device, dtype)
+                labelled = labelled or (scores and batch.labels is not None)
+                _run_batch(model, batch, paths, tallies, scores, device, dtype)
             progress(len(batch) + len(batch.skipped))
     finally:
         back()
@@ -168,8 +176,9 @@ def evaluate(
             macs_ratio=paths[name].macs_ratio,
             top1=100 * tally.top1 / images if labelled else None,
             top5=100 * tally.top5 / images if labelled else None,
-            agreement=100 * tally.agreement / images,
-            kl=tally.kl / images,
+            agreement=100 * tally.agreement / images if scores else None,
+            kl=tally.kl / images if scores else None,
+            cosine=None if scores else tally.cosine / images,
             images_per_s=images / tally.seconds,
         )
 
@@ -177,26 +186,12 @@ def evaluate(
     return Evaluation(model_name, data_name, images, tuple(skipped), results)
 
 
-def classes_of(model: nn.Module) -> int:
-    """How many classes a model tells apart.
-
-    Raises:
-        OptionError: It gives no class scores, so that there is nothing to evaluate.
-    """
-    classes = family.find(model).inspect(model).classes
-    if not classes:
-        raise OptionError(
-            f"This {type(model).__name__} gives no class scores, which evaluation compares. Give "
-            "it a classifier; calibrate, bench and trace take it as it is."
-        )
-    return classes
-
-
 def _run_batch(
     model: nn.Module,
     batch: Batch,
     paths: Mapping[str, _Path],
     tallies: Mapping[str, _Tally],
+    scores: bool,
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> None:
@@ -207,12 +202,15 @@ def _run_batch(
         path.take()
         synchronise(images.device)
         start = time.perf_counter()
-        logits = model(images)
+        output = model(images)
         synchronise(images.device)
         tallies[name].seconds += time.perf_counter() - start
-        logits = answer(logits).float()
-        dense = logits if dense is None else dense
-        tallies[name].add(logits, dense, labels)
+        found = answer(output).float()
+        dense = found if dense is None else dense
+        if scores:
+            tallies[name].add(found, dense, labels)
+        else:
+            tallies[name].add_features(found, dense)
 
 
 def _path(model: nn.Module, recipe: Recipe | None) -> _Path:

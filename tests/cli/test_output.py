@@ -30,7 +30,7 @@ def test_numbers_are_whole_in_a_narrow_terminal(
 ) -> None:
     monkeypatch.setattr(output, "console", output.Console(width=80))
     rows = [
-        Result(name, None, 12.34, 1.0, 100.0, 100.0, 100.0, 0.1234, 1234.5)
+        Result(name, None, 12.34, 1.0, 100.0, 100.0, 100.0, 0.1234, None, 1234.5)
         for name in ("dense", "mergence@0.67 calibrated")
     ]
     output.evaluation_table(Evaluation("demo", "demo", 5, (), tuple(rows)))

@@ -26,12 +26,17 @@ def test_evaluation_compares_answers(
     recipe = mergence.recipe_of(mergence.apply(dense, macs=0.67))
     mergence.remove(dense)
     batch = Batch(image, labels, names=["one", "two"], skipped=[])
-    if not found.classes:
-        with pytest.raises(mergence.MergenceError, match="gives no class scores"):
-            mergence.evaluate(dense, [batch], {"reduced": recipe})
-        return
-    assert found.classes == expected.shape[1]
     before, after = mergence.evaluate(dense, [batch], {"reduced": recipe}).results
+    if not found.classes:
+        with mergence.applied(dense, recipe):
+            features = output(dense, image).flatten(1)
+        distance = float(1 - torch.cosine_similarity(expected, features).mean())
+        assert before.cosine == pytest.approx(0, abs=1e-6)
+        assert after.cosine == pytest.approx(distance, abs=1e-6)
+        assert {after.top1, after.top5, after.agreement, after.kl} == {None}
+        return
+    assert after.cosine is None
+    assert found.classes == expected.shape[1]
     assert before.top1 == 100
     assert before.kl == pytest.approx(0, abs=1e-6)
     assert after.kl > 1e-6

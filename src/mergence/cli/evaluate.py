@@ -33,16 +33,17 @@ def evaluate(
     check_json(json)
     recipes = o.recipes_of(method, recipe, macs, keep_rate, set_, o.saved_in(model, checkpoint))
     type_, place = o.dtype_of(dtype), o.device_of(device)
-    from mergence import evaluation
+    from mergence import evaluation, family
     from mergence.data import loader, open_images
 
     loaded = o.load(model, checkpoint)
+    classes = family.find(loaded.model).inspect(loaded.model).classes
     images = open_images(
         data,
         transform=loaded.transform,
         mode=loaded.mode,
         class_names=loaded.label_names,
-        num_classes=evaluation.classes_of(loaded.model),
+        num_classes=classes or None,
         limit=limit,
         seed=seed,
     )

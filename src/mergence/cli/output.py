@@ -83,28 +83,34 @@ def evaluation_table(evaluation: Evaluation) -> None:
     title = f"{evaluation.model} on {evaluation.images} images of {evaluation.data}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", overflow="fold")  # so that no number is cut
-    for heading in ("GMACs", "MACs", "top-1", "Δ", "top-5", "agree", "KL", "img/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
     dense = evaluation.results[0]
+    scores = dense.cosine is None
+    compared = ("top-1", "Δ", "top-5", "agree", "KL") if scores else ("1 − cos",)
+    for heading in ("GMACs", "MACs", *compared, "img/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in evaluation.results:
         drop = None if row.top1 is None or dense.top1 is None else row.top1 - dense.top1
+        scored = (
+            _number(row.top1),
+            "" if row is dense else _number(drop, "+.2f"),
+            _number(row.top5),
+            _number(row.agreement),
+            _number(row.kl, ".4f"),
+        )
         table.add_row(
             row.name,
             f"{row.gmacs:.2f}",
             f"{row.macs_ratio:.0%}",
-            _number(row.top1),
-            "" if row is dense else _number(drop, "+.2f"),
-            _number(row.top5),
-            f"{row.agreement:.2f}",
-            f"{row.kl:.4f}",
+            *(scored if scores else (_number(row.cosine, ".4f"),)),
             f"{row.images_per_s:.1f}",
         )
     console.print(table)
-    console.print(
-        "top-1, top-5 and agreement with the dense model in %, Δ in points, KL in nats; "
-        "img/s is forward time only.",
-        style="dim",
+    said = (
+        "top-1, top-5 and agreement with the dense model in %, Δ in points, KL in nats"
+        if scores
+        else "1 − cos: mean distance to the dense model's features"
     )
+    console.print(f"{said}; img/s is forward time only.", style="dim")
     skipped(evaluation.skipped)
 
 

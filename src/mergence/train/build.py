@@ -16,7 +16,6 @@ from mergence import family, surgery
 from mergence.api import recipe_of, remove
 from mergence.data import ImageData, join, open_images
 from mergence.errors import DataError, MissingExtraError, OptionError, UnsupportedModelError
-from mergence.evaluation import classes_of
 from mergence.models import LoadedModel, load_model
 from mergence.recipe import Recipe, make
 from mergence.saving import RECIPE, save
@@ -24,6 +23,7 @@ from mergence.train.config import Config
 from mergence.train.feed import Feed, Seat
 from mergence.train.shards import is_stream
 from mergence.train.stream import StreamData, StreamFeed, open_stream
+from mergence.train.targets import classes_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

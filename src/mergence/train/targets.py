@@ -6,9 +6,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mergence import family
+from mergence.errors import OptionError
 from mergence.train.config import Config
+
+
+def classes_of(model: nn.Module) -> int:
+    """How many classes a model tells apart.
+
+    Raises:
+        OptionError: It gives no class scores, so that labels say nothing about it.
+    """
+    classes = family.find(model).inspect(model).classes
+    if not classes:
+        raise OptionError(
+            f"This {type(model).__name__} gives no class scores, which are what is trained. Give "
+            "it a classifier."
+        )
+    return classes
 
 
 @dataclass(frozen=True)

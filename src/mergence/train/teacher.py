@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mergence.api import remove
 from mergence.errors import OptionError
-from mergence.evaluation import classes_of
 from mergence.models import LoadedModel, load_model
 from mergence.outputs import answer
 from mergence.train.config import Config
+from mergence.train.targets import classes_of
 
 
 def teacher_of(
