@@ -95,6 +95,12 @@ def test_an_examiner_asks_again_where_other_images_come() -> None:
     assert examiner.known(0, ["a"], x[:1]).shape == (1, 3)
     assert examiner.known(1, ["c", "d"], x).shape == (2, 3)
     assert asked == [2, 1, 2]
+    # Room for three numbers, and the second image has none.
+    small = Examiner(teacher, room=3)
+    for _ in range(2):
+        for number in range(2):
+            small.known(number, ["a"], x[:1])
+    assert asked == [2, 1, 2, 1, 1, 1]
 
 
 def test_a_run_from_other_weights_learns_from_the_model_that_it_names(

@@ -42,10 +42,11 @@ class Examiner:
 
     Args:
         teacher: The teacher.
+        room: How many numbers to keep, 1 GiB of them; it is asked again about what has no room.
     """
 
-    def __init__(self, teacher: nn.Module) -> None:
-        self._teacher = teacher
+    def __init__(self, teacher: nn.Module, room: int = 2**28) -> None:
+        self._teacher, self._room = teacher, room
         self._said: dict[int, tuple[list[str], Tensor]] = {}
 
     def known(self, number: int, names: list[str], x: Tensor) -> Tensor:
@@ -59,7 +60,9 @@ class Examiner:
         before, answers = self._said.get(number, ([], None))
         if answers is None or before != names:
             answers = answer(self._teacher(x)).float()
-            self._said[number] = (names, answers.cpu())
+            self._room -= answers.numel()
+            if self._room >= 0:
+                self._said[number] = (names, answers.cpu())
         return answers.to(x.device)
 
 
