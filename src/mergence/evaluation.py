@@ -85,19 +85,32 @@ class _Path:
     macs_ratio: float
 
 
+_METRICS = ("top1", "top5", "agreement", "kl", "cosine")
+
+
+@dataclass
+class _Features:
+    """Sums over the images of one reduction, of a model without class scores."""
+
+    cosine: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, features: Tensor, dense: Tensor, labels: Tensor | None) -> None:
+        self.cosine += float(cosine_distance(dense, features).sum())
+
+    def means(self, images: int, labelled: bool) -> dict[str, float | None]:
+        return dict.fromkeys(_METRICS) | {"cosine": self.cosine / images}
+
+
 @dataclass
 class _Tally:
-    """Sums over the images of one reduction."""
+    """Sums over the images of one reduction, of a classifier."""
 
     top1: int = 0
     top5: int = 0
     agreement: int = 0
     kl: float = 0.0
-    cosine: float = 0.0
     seconds: float = 0.0
-
-    def add_features(self, features: Tensor, dense: Tensor) -> None:
-        self.cosine += float(cosine_distance(dense, features).sum())
 
     def add(self, logits: Tensor, dense: Tensor, labels: Tensor | None) -> None:
         self.kl += float(kl_divergence(dense, logits).sum())
@@ -106,6 +119,14 @@ class _Tally:
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             self.top1 += int(hits[:, 0].sum())
             self.top5 += int(hits.sum())
+
+    def means(self, images: int, labelled: bool) -> dict[str, float | None]:
+        return dict.fromkeys(_METRICS) | {
+            "top1": 100 * self.top1 / images if labelled else None,
+            "top5": 100 * self.top5 / images if labelled else None,
+            "agreement": 100 * self.agreement / images,
+            "kl": self.kl / images,
+        }
 
 
 @torch.inference_mode()
@@ -140,11 +161,11 @@ def evaluate(
         OptionError: The model answers with tokens, which cannot be compared.
         MergenceError: A recipe does not fit the model.
     """
-    scores = family.find(model).inspect(model).classes > 0
+    kind = _Tally if family.find(model).inspect(model).classes else _Features
     warn_of_slow_type(torch.device(device), dtype)
     model = model.to(device=device, dtype=dtype).eval()
     runs: dict[str, Recipe | None] = {DENSE: None, **recipes}
-    tallies = {name: _Tally() for name in runs}
+    tallies = {name: kind() for name in runs}
     images, labelled = 0, False
     skipped: list[Skipped] = []
     back = surgery.bookmark(model)
@@ -159,8 +180,8 @@ def evaluate(
                 if images == 0:  # a warm-up, so that no run pays for being the first
                     model(batch.images.to(device=device, dtype=dtype))
                 images += len(batch)
-                labelled = labelled or (scores and batch.labels is not None)
-                _run_batch(model, batch, paths, tallies, scores, device, dtype)
+                labelled = labelled or batch.labels is not None
+                _run_batch(model, batch, paths, tallies, device, dtype)
             progress(len(batch) + len(batch.skipped))
     finally:
         back()
@@ -174,12 +195,8 @@ def evaluate(
             recipe=None if recipe is None else recipe.to_dict(),
             gmacs=paths[name].gmacs,
             macs_ratio=paths[name].macs_ratio,
-            top1=100 * tally.top1 / images if labelled else None,
-            top5=100 * tally.top5 / images if labelled else None,
-            agreement=100 * tally.agreement / images if scores else None,
-            kl=tally.kl / images if scores else None,
-            cosine=None if scores else tally.cosine / images,
             images_per_s=images / tally.seconds,
+            **tally.means(images, labelled),
         )
 
     results = tuple(result(name, recipe) for name, recipe in runs.items())
@@ -190,8 +207,7 @@ def _run_batch(
     model: nn.Module,
     batch: Batch,
     paths: Mapping[str, _Path],
-    tallies: Mapping[str, _Tally],
-    scores: bool,
+    tallies: Mapping[str, _Tally | _Features],
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> None:
@@ -207,10 +223,7 @@ def _run_batch(
         tallies[name].seconds += time.perf_counter() - start
         found = answer(output).float()
         dense = found if dense is None else dense
-        if scores:
-            tallies[name].add(found, dense, labels)
-        else:
-            tallies[name].add_features(found, dense)
+        tallies[name].add(found, dense, labels)
 
 
 def _path(model: nn.Module, recipe: Recipe | None) -> _Path:
