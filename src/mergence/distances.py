@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from mergence.errors import OptionError
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""Dense and reduced output, `[B, K]` each -> distance of each image, `[B]`."""
+"""Dense and reduced output, `[B, ...]` of one shape -> distance of each image, `[B]`."""
 
 
 def kl_divergence(dense: Tensor, reduced: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def cosine_distance(dense: Tensor, reduced: Tensor) -> Tensor:
     """
     if dense.shape != reduced.shape:
         raise OptionError(
-            f"The model answers with its tokens, so that the dense and the reduced answers cannot "
+            "The model answers with its tokens, so that the dense and the reduced answers cannot "
             f"be compared ({list(dense.shape)} and {list(reduced.shape)}). Give a model that pools "
             "them, or a backbone, whose maps have a place for every patch."
         )

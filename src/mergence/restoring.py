@@ -70,7 +70,9 @@ def restored(
     source = None if carry is None else carry.source(tokens.shape[1] - prefix)
     full = tokens
     if source is not None:
-        full = torch.cat((tokens[:, :prefix], _spread(tokens[:, prefix:], source)), dim=1)
+        full = _spread(tokens[:, prefix:], source)
+        if prefix:
+            full = torch.cat((tokens[:, :prefix], full), dim=1)
     if grid is None:
         return full
     return full.transpose(1, 2).reshape(full.shape[0], -1, *grid).contiguous()

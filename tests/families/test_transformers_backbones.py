@@ -36,7 +36,7 @@ def backbone(cls: str, **options: Any) -> Any:
     return randomised(getattr(transformers, cls)(config)).eval()
 
 
-def depth(kind: str = "DepthAnything", **options: Any) -> Any:
+def depth(kind: str = "DepthAnything") -> Any:
     config = getattr(transformers, f"{kind}Config")(
         backbone_config={
             "model_type": "dinov2",
@@ -49,8 +49,7 @@ def depth(kind: str = "DepthAnything", **options: Any) -> Any:
             "out_indices": [2, 3, 5, 6],
             "reshape_hidden_states": False,
             "apply_layernorm": True,
-        }
-        | options,
+        },
         reassemble_hidden_size=48,
         neck_hidden_sizes=[8, 16, 24, 24],
         fusion_hidden_size=16,

@@ -82,8 +82,12 @@ class Container:
     averages: bool = False
 
 
+def _name(architecture: str, cls: str) -> str:
+    return f"transformers.models.{architecture}.modeling_{architecture}.{cls}"
+
+
 def _named(architecture: str, *classes: str) -> list[str]:
-    return [f"transformers.models.{architecture}.modeling_{architecture}.{c}" for c in classes]
+    return [_name(architecture, cls) for cls in classes]
 
 
 _PROJECTION = "embeddings.patch_embeddings.projection"
@@ -128,49 +132,41 @@ _VIDEOMAE = Tower(
 _REGISTERS = "dinov2_with_registers"
 
 TOWERS: dict[str, Tower] = {
-    name: tower
-    for (name,), tower in (
-        (_named("vit", "ViTModel"), _vit("ViT")),
-        (_named("deit", "DeiTModel"), _vit("DeiT", prefix=2)),
-        (_named("vit_msn", "ViTMSNModel"), _vit("ViTMSN")),
-        (_named("ijepa", "IJepaModel"), _vit("IJepa", prefix=0)),
-        (_named("vit_mae", "ViTMAEModel"), _vit("ViTMAE", masks="noise")),
-        (_named("videomae", "VideoMAEModel"), _VIDEOMAE),
-        (_named("audio_spectrogram_transformer", "ASTModel"), _vit("AST", prefix=2)),
-        (_named("dinov2", "Dinov2Model"), _dino("Dinov2")),
-        (_named("dinov2", "Dinov2Backbone"), _dino("Dinov2", maps=True)),
-        (_named(_REGISTERS, "Dinov2WithRegistersModel"), _dino("Dinov2WithRegisters")),
-        (
-            _named(_REGISTERS, "Dinov2WithRegistersBackbone"),
-            _dino("Dinov2WithRegisters", maps=True),
-        ),
-        (_named("dinov3_vit", "DINOv3ViTModel"), _DINOV3),
-        (_named("dinov3_vit", "DINOv3ViTBackbone"), replace(_DINOV3, maps=True)),
-        (_named("clip", "CLIPVisionModel"), _clip("CLIPEncoderLayer", "CLIPAttention")),
-        (
-            _named("metaclip_2", "MetaClip2VisionModel"),
-            _clip("MetaClip2EncoderLayer", "MetaClip2Attention"),
-        ),
-        (_named("altclip", "AltCLIPVisionModel"), _clip("AltCLIPEncoderLayer", "AltCLIPAttention")),
-        (
-            _named("chinese_clip", "ChineseCLIPVisionModel"),
-            _clip("ChineseCLIPVisionLayer", "ChineseCLIPVisionAttention"),
-        ),
-        (
-            _named("siglip", "SiglipVisionModel"),
-            _clip("SiglipEncoderLayer", "SiglipAttention", prefix=0, head="head"),
-        ),
-    )
+    _name("vit", "ViTModel"): _vit("ViT"),
+    _name("deit", "DeiTModel"): _vit("DeiT", prefix=2),
+    _name("vit_msn", "ViTMSNModel"): _vit("ViTMSN"),
+    _name("ijepa", "IJepaModel"): _vit("IJepa", prefix=0),
+    _name("vit_mae", "ViTMAEModel"): _vit("ViTMAE", masks="noise"),
+    _name("videomae", "VideoMAEModel"): _VIDEOMAE,
+    _name("audio_spectrogram_transformer", "ASTModel"): _vit("AST", prefix=2),
+    _name("dinov2", "Dinov2Model"): _dino("Dinov2"),
+    _name("dinov2", "Dinov2Backbone"): _dino("Dinov2", maps=True),
+    _name(_REGISTERS, "Dinov2WithRegistersModel"): _dino("Dinov2WithRegisters"),
+    _name(_REGISTERS, "Dinov2WithRegistersBackbone"): _dino("Dinov2WithRegisters", maps=True),
+    _name("dinov3_vit", "DINOv3ViTModel"): _DINOV3,
+    _name("dinov3_vit", "DINOv3ViTBackbone"): replace(_DINOV3, maps=True),
+    _name("clip", "CLIPVisionModel"): _clip("CLIPEncoderLayer", "CLIPAttention"),
+    _name("metaclip_2", "MetaClip2VisionModel"): _clip(
+        "MetaClip2EncoderLayer", "MetaClip2Attention"
+    ),
+    _name("altclip", "AltCLIPVisionModel"): _clip("AltCLIPEncoderLayer", "AltCLIPAttention"),
+    _name("chinese_clip", "ChineseCLIPVisionModel"): _clip(
+        "ChineseCLIPVisionLayer", "ChineseCLIPVisionAttention"
+    ),
+    _name("siglip", "SiglipVisionModel"): _clip(
+        "SiglipEncoderLayer", "SiglipAttention", prefix=0, head="head"
+    ),
 }
 
 _PROJECTED = Container("vision_model", ("visual_projection",))
-_AVERAGED = Container("vision_model", ("classifier",), averages=True)
 _BACKBONE = Container("backbone", ())
 
 
 def _classifier(tower: str, averages: bool = False) -> Container:
     return Container(tower, ("classifier",), averages)
 
+
+_AVERAGED = _classifier("vision_model", averages=True)
 
 CONTAINERS: dict[str, Container] = {
     name: container

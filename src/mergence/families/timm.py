@@ -44,12 +44,18 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
         The attention's output `[B, N, C]`, its queries and its keys `[B, H, N, D]`.
     """
     batch, tokens, _ = x.shape
-    gate = None if getattr(attn, "gate", None) is None else attn.gate(x).sigmoid()
+    gate = gate_of(attn, x)
     qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     y = attend(attn, q, k, v, bias, gate)
     return y, q, k
+
+
+def gate_of(attn: Any, x: Tensor) -> Tensor | None:
+    """The gate of timm's attentions `[B, N, C]`, which they have from 1.0.28 on; None for none."""
+    gate = getattr(attn, "gate", None)
+    return None if gate is None else gate(x).sigmoid()
 
 
 def attend(

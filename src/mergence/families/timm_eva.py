@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergence.families._common import reduced_forward, refuse_mask
-from mergence.families.timm import ReducedModel, ReducedTrunk, Timm, attend
+from mergence.families.timm import ReducedModel, ReducedTrunk, Timm, attend, gate_of
 from mergence.state import Carry
 from mergence.step import BlockStep
 
@@ -33,7 +33,7 @@ def attention(
     from timm.layers import apply_rot_embed_cat
 
     batch, tokens, _ = x.shape
-    gate = None if getattr(attn, "gate", None) is None else attn.gate(x).sigmoid()
+    gate = gate_of(attn, x)
     if attn.qkv is None:
         head_dim = attn.q_proj.out_features // attn.num_heads
         q, k, v = (

@@ -60,8 +60,8 @@ class Examiner:
         before, answers = self._said.get(number, ([], None))
         if answers is None or before != names:
             answers = answer(self._teacher(x)).float()
-            self._room -= answers.numel()
-            if self._room >= 0:
+            if answers.numel() <= self._room:
+                self._room -= answers.numel()
                 self._said[number] = (names, answers.cpu())
         return answers.to(x.device)
 
