@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergence.plan import MergePlan
-from mergence.planning import keep_highest
+from mergence.planning import join, keep_highest
 
 SIDE = 2
 """Rows and columns of patches in a region."""
@@ -64,19 +64,14 @@ def difference(fine: Tensor, half: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         `[B, N, C]` the difference; zero where an odd row or column has no region.
     """
-    rows, columns = half.shape[1:3]
-    batch, _, channels = fine.shape
-    inside = fine.reshape(batch, *grid, channels)[:, : rows * SIDE, : columns * SIDE]
-    inside = inside.reshape(batch, rows, SIDE, columns, SIDE, channels)
-    there = (half[:, :, None, :, None] - inside).flatten(3, 4).flatten(1, 2)
-    return _padded(there, grid).flatten(1, 2)
+    return _by_patch(half.flatten(0, 1)[:, None, :, None] - _by_region(fine, grid), grid)
 
 
 def plan(change: Tensor, grid: tuple[int, int], regions: int) -> tuple[MergePlan, Tensor, Tensor]:
     """Choose the regions that lose least; the patches of each join.
 
-    The loss of a region is the mean squared change of the embeddings of its patches, times a
-    preference for the border.
+    The loss of a region is the root of the mean squared change of the embeddings of its patches,
+    up to a factor, times a preference for the border.
 
     Args:
         change: `[B, N, C]`; see `difference`.
@@ -90,19 +85,17 @@ def plan(change: Tensor, grid: tuple[int, int], regions: int) -> tuple[MergePlan
     rows, columns = (n // SIDE for n in grid)
     exact = torch.promote_types(change.dtype, torch.float32)
     norm = torch.linalg.vector_norm(change.detach(), dim=2, dtype=exact).float()
-    loss = F.avg_pool2d((norm.square() / change.shape[2]).reshape(-1, 1, *grid), SIDE).squeeze(1)
-    loss = loss.clamp(min=torch.finfo(loss.dtype).tiny).log() - _distance(rows, columns, loss)
+    norm = torch.linalg.vector_norm(_by_region(norm, grid), dim=(1, 3))
+    loss = norm.clamp(min=torch.finfo(norm.dtype).tiny).log().reshape(-1, rows, columns)
+    loss = loss - _distance(rows, columns, loss)
     region = keep_highest(-loss.flatten(1), regions).place < regions
     chosen = spread(region.reshape(-1, rows, columns), grid)
     # Every patch stays but three of each chosen region, which follow its first.
-    corner = torch.ones(rows, 1, columns, 1, dtype=torch.bool, device=change.device)
-    corner = F.pad(corner, (0, SIDE - 1, 0, 0, 0, SIDE - 1)).flatten(2).flatten(0, 1)
-    stays = torch.logical_or(~chosen, _padded(corner[None, :, :, None], grid).flatten())
-    own = stays.long().cumsum(dim=1) - 1
-    first = own.reshape(-1, *grid)[:, : rows * SIDE : SIDE, : columns * SIDE : SIDE]
-    slot = torch.where(chosen, spread(first, grid), own)
+    patch = torch.arange(change.shape[1], device=change.device).unsqueeze(0)
+    first = spread(_by_region(patch, grid)[:, 0, :, 0].unsqueeze(0), grid)
+    weight = torch.ones(chosen.shape, device=change.device)
     slots = change.shape[1] - regions * (SIDE**2 - 1)
-    return MergePlan(slot, torch.ones_like(norm), slots), chosen, loss
+    return join(torch.where(chosen, first, patch), weight, slots), chosen, loss
 
 
 def spread(regions: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -115,18 +108,32 @@ def spread(regions: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         `[B, N]`.
     """
-    each = regions[:, :, None, :, None].expand(-1, -1, SIDE, -1, SIDE)
-    full = each.flatten(3, 4).flatten(1, 2).unsqueeze(3)
-    return _padded(full, grid).flatten(1)
+    each = regions.flatten(0, 1)[:, None, :, None].expand(-1, SIDE, -1, SIDE)
+    return _by_patch(each, grid)
 
 
-def _padded(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """`[B, rows, columns, C]` with zeros for the odd row and column that belong to no region."""
-    odd = grid[0] - x.shape[1], grid[1] - x.shape[2]
-    return F.pad(x, (0, 0, 0, odd[1], 0, odd[0])) if any(odd) else x
+def _by_region(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`[B, N, ...]` as `[B * (rows // 2), 2, columns // 2, 2, ...]`, without an odd row or column.
+
+    Images and rows of regions are one dimension because Core ML knows no more than five.
+    """
+    rows, columns = (n // SIDE for n in grid)
+    x = x.reshape(-1, *grid, *x.shape[2:])[:, : rows * SIDE, : columns * SIDE]
+    return x.reshape(-1, SIDE, columns, SIDE, *x.shape[3:])
+
+
+def _by_patch(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `_by_region`: `[B, N, ...]`, zero in an odd row or column."""
+    rows, columns = (n // SIDE * SIDE for n in grid)
+    x = x.reshape(-1, rows, columns, *x.shape[4:])
+    odd = grid[0] - rows, grid[1] - columns
+    if any(odd):
+        x = F.pad(x, (*(0, 0) * (x.dim() - 3), 0, odd[1], 0, odd[0]))
+    return x.flatten(1, 2)
 
 
 def _distance(rows: int, columns: int, like: Tensor) -> Tensor:
-    """`[rows, columns]` squared distance from the middle, `CENTRE` in the corners."""
-    y, x = (torch.linspace(-1, 1, n, device=like.device) for n in (rows, columns))
-    return CENTRE / 2 * (y.square()[:, None] + x.square())
+    """`[rows, columns]` squared distance from the middle: for a root, half of `CENTRE` at most."""
+    corner = (CENTRE / 4) ** 0.5
+    y, x = (torch.linspace(-corner, corner, n, device=like.device) for n in (rows, columns))
+    return y.square()[:, None] + x.square()

@@ -107,6 +107,12 @@ def nan_last(score: Tensor) -> Tensor:
     return without_nan(score.clamp(min=torch.finfo(score.dtype).min), -torch.inf)
 
 
+def ascending(x: Tensor) -> Tensor:
+    """The indices `[B, N]` of values `[B, N]` in ascending order. Equal ones in any."""
+    # Not by a sort, which ONNX and ExecuTorch do not have.
+    return x.topk(x.shape[1], dim=1, largest=False).indices
+
+
 def most_important(plan: MergePlan, importance: Tensor) -> Tensor:
     """The index of the most important token of each slot, `[B, slots]`.
 

@@ -224,8 +224,8 @@ class Program:
             change = coarse.difference(fine, half, run.grid)
             plan, chosen, loss = coarse.plan(change, run.grid, regions)
             # Each patch of a chosen region takes its embedding; their mean has the mean position.
-            taken = x[:, self.prefix :] + change * chosen.unsqueeze(2).to(x.dtype)
-            x = torch.cat((x[:, : self.prefix], taken), dim=1)
+            taken = change * chosen.unsqueeze(2).to(x.dtype)
+            x = x + nn.functional.pad(taken, (0, 0, self.prefix, 0))
             x, run.carry = self.merged(x, plan.weight, Carry(fine.shape[1], run.grid), plan)
         if run.observer is not None:
             run.observer.reduced(0, run.carry, plan, coarse.spread(loss, run.grid).exp())

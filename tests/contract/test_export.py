@@ -62,6 +62,37 @@ def test_every_method_becomes_a_graph_without_scatter_or_shapes_that_depend_on_v
     assert not any("Scatter" in operator for operator in done.operators)
 
 
+# What reductions are made of in exported programs. ExecuTorch 1.5 ran all of it; before one is
+# added here, it must have been tried.
+RUN = """
+    add alias amax amin any arange bmm cat clamp clone constant_pad_nd cumsum div elu embedding eq
+    expand full full_like gather gt isnan le log logical_and logical_or lt max mean mul ne neg
+    permute pow scalar_tensor select slice _softmax squeeze sub sum _to_copy topk unsqueeze view
+    where
+"""
+
+
+def operators(model: nn.Module, images: Tensor) -> set[str]:
+    program = torch.export.export(model.eval(), (images,)).run_decompositions()
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    named = {str(call.overloadpacket) for call in calls if hasattr(call, "overloadpacket")}
+    return {name.removeprefix("aten.") for name in named} - {"_assert_tensor_metadata"}
+
+
+# `random` hashes the places of tokens with integers.
+@pytest.mark.parametrize("method", [name for name in names() if name != "random"])
+def test_every_method_has_operators_that_executorch_knows(method: str) -> None:
+    step = Step(methods.build(method, {}))
+    assert {"topk", "gather"} <= operators(step, torch.randn(4, 1, 12, 8)) <= set(RUN.split())
+
+
+def test_coarse_patches_have_operators_that_executorch_knows(vit: nn.Module, image: Tensor) -> None:
+    known = operators(vit, image) | set(RUN.split())
+    model = mergence.apply(vit, macs=0.4)
+    assert mergence.describe(model).start < mergence.describe(model).patches
+    assert operators(model, image) <= known
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", family.registry())
 def test_a_model_of_every_family_becomes_an_onnx_graph(

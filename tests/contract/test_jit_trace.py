@@ -67,6 +67,16 @@ def test_every_method_has_operators_that_converters_know(
     assert operators(mergence.apply(vit, method, keep_rate=0.7), image) <= known
 
 
+@pytest.mark.parametrize("side", [96, 112])  # seven rows of patches: one of them is in no region
+def test_no_tensor_has_more_dimensions_than_core_ml_knows(vit: Any, side: int) -> None:
+    vit.set_input_size(img_size=side)
+    model = mergence.apply(vit, macs=0.4)
+    assert mergence.describe(model).start < mergence.describe(model).patches
+    nodes = traced(model, torch.randn(1, 3, side, side)).inlined_graph.nodes()
+    tensors = [v.type().dim() for n in nodes for v in n.outputs() if v.isCompleteTensor()]
+    assert max(tensors) == 5
+
+
 def test_openvino_runs_a_model_that_reads_coarsely(
     vit: nn.Module, image: Tensor, inputs: Any, output: Any
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from mergence.method import BipartiteMethod, check_range, register
-from mergence.plan import MergePlan, TokenView, rows
+from mergence.plan import MergePlan, TokenView, ascending, rows
 from mergence.planning import alternate, best_pairs, join
 from mergence.schedule import Constant, Schedule
 
@@ -54,7 +54,7 @@ class ATM(BipartiteMethod):
             position = torch.arange(total, device=givers.device)
             even = 1 - position % 2
             # Whole numbers with the position as the last criterion: stable sorts do not export.
-            order = ((2 * tokens.size.long() + even) * total + position).argsort(dim=1)
+            order = ascending((2 * tokens.size.long() + even) * total + position)
             givers, takers = order[:, : total // 2], order[:, total // 2 :]
         metric, size = F.normalize(tokens.x.float(), dim=2), tokens.size
         similarity = rows(metric, givers) @ rows(metric, takers).transpose(1, 2)

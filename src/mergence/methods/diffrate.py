@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from mergence.method import Method, check_range, register
-from mergence.plan import DROPPED, MergePlan, TokenView, rows, without_nan
+from mergence.plan import DROPPED, MergePlan, TokenView, ascending, rows, without_nan
 from mergence.planning import keep_highest
 from mergence.schedule import Constant, Schedule
 
@@ -53,7 +53,7 @@ class DiffRate(Method):
         cosine = rows(metric, split.removed) @ rows(metric, split.kept).transpose(1, 2)
         similarity, target = cosine.max(dim=2)
 
-        rank = importance.gather(1, split.removed).argsort(dim=1).argsort(dim=1)
+        rank = ascending(ascending(importance.gather(1, split.removed)))
         pruned = rank < int(self.prune * split.removed.shape[1])
         similarity = without_nan(similarity, 0.0).clamp(min=1e-6)
         share = split.in_place(torch.ones_like(split.kept, dtype=similarity.dtype), similarity)

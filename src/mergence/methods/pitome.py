@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch.nn import functional as F
 
 from mergence.method import BipartiteMethod, register
-from mergence.plan import MergePlan, TokenView, rows
+from mergence.plan import MergePlan, TokenView, ascending, rows
 from mergence.planning import best_pairs, join
 from mergence.schedule import KeepRate, Schedule
 
@@ -38,7 +38,7 @@ class PiToMe(BipartiteMethod):
 
         total = metric.shape[1]
         count = total - slots
-        order = energy.argsort(dim=1, descending=True)
+        order = ascending(-energy)
         if 2 * tokens.block > tokens.depth:
             order = order[:, : 2 * count]
         givers, takers = order[:, 0::2], order[:, 1::2]

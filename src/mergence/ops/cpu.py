@@ -54,9 +54,12 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
 def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Split tokens by score; see `mergence.ops.split`."""
     score = torch.nan_to_num(score.detach(), nan=float("-inf"))
+    tokens = score.shape[1]
     ranked = score.argsort(dim=1, descending=True, stable=True)
-    order = torch.cat((ranked[:, :kept].sort(1).values, ranked[:, kept:].sort(1).values), dim=1)
-    position = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    # Behind all others for a moment, so that one sort puts both parts in raster order.
+    ranked[:, kept:] += tokens
+    order = ranked.sort(dim=1).values % tokens
+    position = torch.arange(tokens, device=score.device).expand_as(order)
     return order, torch.empty_like(order).scatter_(1, order, position)
 
 

@@ -1,8 +1,8 @@
-"""The operators without scatter or sort, for exported graphs: matrix products and arithmetic.
+"""The operators without scatter or sort, for exported graphs.
 
-Arithmetic, because comparing and selecting over N x N elements takes torch ten times as long on a
-CPU as adding and multiplying them. Only operators that the converters of other runtimes know, as
-`tests/contract/test_jit_trace.py` sees to.
+As few as will do: for one image a runtime takes about as long to begin an operator as to carry it
+out. Only those that the converters of other runtimes know, as `tests/contract/test_jit_trace.py`
+and `test_export.py` see to.
 """
 
 from __future__ import annotations
@@ -11,37 +11,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mergence.plan import MergePlan, nan_last, rows, without_nan
+from mergence.plan import MergePlan, ascending, rows, without_nan
 
 
 def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
     """Merge tokens into the slots of a plan; see `mergence.ops.merge`."""
-    # Prefix tokens have the first slots for themselves, so that one product makes all rows.
-    index = torch.arange(prefix + plan.slots, device=x.device).unsqueeze(1)
-    slot = torch.where(plan.slot < 0, -1, plan.slot + prefix)
-    slot = torch.cat((index[:prefix].transpose(0, 1).expand(slot.shape[0], -1), slot), dim=1)
-    weight = F.pad(plan.weight.float(), (prefix, 0), value=1.0)
-    size = F.pad(size, (prefix, 0))
-
-    # 1 where the token is in the slot, and 0 or less, then 0, elsewhere.
-    member = slot.float().unsqueeze(1) - index.float()
-    member.square_().neg_().add_(1).clamp_(min=0)
+    tokens, weight = x[:, prefix:], plan.weight.float()
+    index = torch.arange(plan.slots, device=x.device).unsqueeze(1)
+    member = (plan.slot.unsqueeze(1) == index).float()
     counts = (weight > 0).float()
     merged_size, count = (torch.stack((size, counts), dim=1) @ member.transpose(1, 2)).unbind(dim=1)
     # Normalised in float32 before the cast: a token alone in its slot then has weight exactly 1 and
-    # passes unchanged, in bfloat16 too.
+    # passes unchanged, in bfloat16 too. Not by that product, which may be one of TensorFloat-32.
     share = member * weight.unsqueeze(1)
     total = share.sum(dim=2, keepdim=True)
     share = share / torch.where(total > 0, total, 1.0)
-    merged = share.to(x.dtype) @ x
+    merged = share.to(x.dtype) @ tokens
     if plan.keep_norm:
-        largest = (member * (counts * x.float().norm(dim=2)).unsqueeze(1)).amax(dim=2)
+        largest = (member * (counts * tokens.float().norm(dim=2)).unsqueeze(1)).amax(dim=2)
         norm = merged.float().norm(dim=2)
         # Shared slots only, so that a token alone in its slot still passes unchanged.
         shared = torch.logical_and(count > 1, norm > 0)
         scale = torch.where(shared, largest / torch.where(norm > 0, norm, 1.0), 1.0)
         merged = (merged * scale.unsqueeze(2)).to(x.dtype)
-    return merged, merged_size[:, prefix:]
+    return torch.cat((x[:, :prefix], merged), dim=1), merged_size
 
 
 class Cosines:
@@ -75,8 +68,7 @@ class Cosines:
         # Not by a stable sort, which ONNX does not have.
         tied = torch.logical_and(other == own, position < position.unsqueeze(1))
         above = torch.logical_or(other > own, tied)
-        candidates = above.float().sub_(1).mul_(4).add_(self._all())
-        return candidates.amax(dim=2).clamp(-1, 1)
+        return torch.where(above, self._all(), -1.0).amax(dim=2).float().clamp(-1, 1)
 
     def nearest(self, of: Tensor, among: Tensor) -> Tensor:
         """The nearest of some tokens to each of others.
@@ -105,7 +97,7 @@ def norms(x: Tensor) -> Tensor:
 
 def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Split tokens by score; see `mergence.ops.split`."""
-    score = nan_last(score.detach())
+    score = without_nan(score.detach(), -torch.inf)
     # By the lowest score that stays, not by the indices of top-k: among equals these differ from
     # device to device.
     least = score.topk(max(kept, 1), dim=1).values[:, -1:]
@@ -113,10 +105,9 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     left = kept - over.sum(dim=1, keepdim=True)
     stays = torch.logical_or(over, torch.logical_and(equal, equal.long().cumsum(dim=1) <= left))
     position = torch.arange(score.shape[1], device=score.device)
-    rank = stays.long().cumsum(dim=1)
-    place = torch.where(stays, rank - 1, kept + position - rank)
-    # By argsort: a gather instead of a scatter, which exporters like.
-    return place.argsort(dim=1), place
+    order = ascending(torch.where(stays, position, position + score.shape[1]))
+    # The inverse by top-k as well: exporters like it better than a scatter.
+    return order, ascending(order)
 
 
 def attention_of_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
