@@ -99,3 +99,22 @@ def test_operators_are_timed_one_by_one(
     assert head.split() == ["microseconds", "cpu", "dense"]
     assert len(rows) == 8
     assert all(float(row.split()[-1]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_other_runtimes_are_timed_beside_torch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = "--types int8 --batch-sizes 2 --methods evit --budgets 0.5 --seconds 0 --rounds 2"
+    monkeypatch.setattr(sys, "argv", ["in_runtimes.py", "onnxruntime", "test_vit", *few.split()])
+    runpy.run_path(str(HERE / "in_runtimes.py"), run_name="__main__")
+    found = re.fullmatch(
+        r"int8, batch 2: dense [\d.]+ ms \([\d.]+ in torch\), evit 0.5 ([\d.]+) \(([\d.]+)\)\n",
+        capsys.readouterr().out,
+    )
+    assert found
+    faster, of_ideal = map(float, found.groups())
+    assert of_ideal == pytest.approx(faster / 2, abs=0.02 + 0.02 * faster)
+    monkeypatch.setattr(sys, "argv", ["in_runtimes.py", "openvino", "test_vit", "--types", "int8"])
+    with pytest.raises(SystemExit, match="--types f32 bf16, not int8"):
+        runpy.run_path(str(HERE / "in_runtimes.py"), run_name="__main__")
