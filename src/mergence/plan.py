@@ -109,7 +109,7 @@ def nan_last(score: Tensor) -> Tensor:
 
 def ascending(x: Tensor) -> Tensor:
     """The indices `[B, N]` of values `[B, N]` in ascending order. Equal ones in any."""
-    # Not by a sort, which ONNX and ExecuTorch do not have.
+    # Not by a sort, which ExecuTorch does not have, nor ONNX a stable one.
     return x.topk(x.shape[1], dim=1, largest=False).indices
 
 
