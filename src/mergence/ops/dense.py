@@ -105,9 +105,10 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     left = kept - over.sum(dim=1, keepdim=True)
     stays = torch.logical_or(over, torch.logical_and(equal, equal.long().cumsum(dim=1) <= left))
     position = torch.arange(score.shape[1], device=score.device)
-    order = ascending(torch.where(stays, position, position + score.shape[1]))
-    # The inverse by top-k as well: exporters like it better than a scatter.
-    return order, ascending(order)
+    rank = stays.long().cumsum(dim=1)
+    place = torch.where(stays, rank - 1, kept + position - rank)
+    # A gather instead of a scatter, which exporters like.
+    return ascending(place), place
 
 
 def attention_of_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
