@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
 from mergence import surgery
-from mergence.errors import MergenceError
+from mergence.errors import MergenceError, UnsupportedModelError
 
 
 class Louder:
@@ -113,3 +114,37 @@ def test_a_module_whose_class_changed_since_is_not_set_back() -> None:
     nn.utils.parametrize.remove_parametrizations(both[1], "weight")
     surgery.restore(both)
     assert [type(m) for m in both.modules()] == [nn.Sequential, nn.Linear, nn.Linear]
+
+
+def test_a_bound_forward_on_the_module_does_not_hide_what_is_mixed_in() -> None:
+    # transformers 4 leaves one behind when it has recorded hidden states.
+    linear = model()[0]
+    expected = linear(X)
+    linear.forward = linear.forward
+    surgery.swap(linear, Louder, 3)
+    assert torch.equal(linear(X), 3 * expected)
+    linear.forward = linear.forward
+    surgery.restore(linear)
+    assert torch.equal(linear(X), expected)
+    assert "forward" not in vars(linear)
+
+
+def test_a_forward_that_something_else_has_covered_is_refused_before_anything_changes() -> None:
+    both = model()
+    add_hook_to_module(both[0], ModelHook())
+    with pytest.raises(
+        UnsupportedModelError, match=r"forward of a Linear.*accelerate.*Apply befor"
+    ):
+        surgery.swap(both[0], Louder, 3)
+    assert not surgery.is_swapped(both[0])
+    remove_hook_from_module(both[0])
+    surgery.swap(both[0], Louder, 3)
+    surgery.swap(both[1], Louder, 3)
+    expected = both(X)
+    add_hook_to_module(both[1], ModelHook())
+    with pytest.raises(MergenceError, match=r"forward of '1', a Linear.*Undo that before"):
+        surgery.restore(both)
+    assert torch.equal(both(X), expected)
+    remove_hook_from_module(both[1])
+    surgery.restore(both)
+    assert not any(map(surgery.is_swapped, both))

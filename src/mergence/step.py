@@ -282,7 +282,8 @@ class BlockStep:
                 raise ReducedOutputError(
                     f"Block {self.index + 1} of a reduced model was called by itself, and the "
                     "sizes of its tokens are not known. Call the model's forward or "
-                    "forward_features, or use mergence.disabled(model) to run single blocks."
+                    "forward_features, or use mergence.disabled(model) to run single blocks. "
+                    "Gradient checkpointing must be that with use_reentrant=False."
                 )
             known = Carry(patches=x.shape[1] - self.program.prefix)
         # Gradient checkpointing may call this block again when the run is long over, and libraries

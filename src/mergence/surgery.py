@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from mergence.errors import MergenceError
+from mergence.errors import MergenceError, UnsupportedModelError
 
 ATTACHMENT = "_mergence"
 LEARNED = "mergence"
@@ -41,9 +41,29 @@ def _reduced_class(base: type, mixin: type) -> type:
         "_mergence_base": base,
         "_mergence_mixin": mixin,
     }
-    if isinstance(forward := getattr(mixin, "forward", None), FunctionType):
-        namespace["forward"] = _with_signature_of(forward, base)
+    if _defines_forward(mixin):
+        namespace["forward"] = _with_signature_of(mixin.forward, base)  # type: ignore[attr-defined]
     return type(base.__name__, (mixin, base), namespace)
+
+
+def _defines_forward(mixin: type) -> bool:
+    return isinstance(getattr(mixin, "forward", None), FunctionType)
+
+
+def _is_covered(module: nn.Module) -> bool:
+    """Whether a call of the module calls something else than its class's forward."""
+    found = module.__dict__.get("forward")
+    function = getattr(found, "__func__", None)
+    return found is not None and function is not type(module).forward
+
+
+def _uncover(module: nn.Module) -> None:
+    """Take away the class's own forward, bound to the module; the next class has another one.
+
+    transformers 4 leaves it behind when it has recorded hidden states.
+    """
+    if not _is_covered(module):
+        module.__dict__.pop("forward", None)
 
 
 def _with_signature_of(forward: FunctionType, base: type) -> FunctionType:
@@ -92,8 +112,19 @@ def learned_module(module: nn.Module) -> nn.Module | None:
 def swap(
     module: nn.Module, mixin: type, attachment: object, learned: nn.Module | None = None
 ) -> None:
-    """Mix a class into a module and attach an object to it; `restore` undoes it exactly."""
+    """Mix a class into a module and attach an object to it; `restore` undoes it exactly.
+
+    Raises:
+        UnsupportedModelError: The mixed-in forward would not be called.
+    """
     base: type = type(module)
+    if _defines_forward(mixin) and _is_covered(module):
+        raise UnsupportedModelError(
+            f"The forward of a {base.__name__} was covered on the module itself, as accelerate's "
+            "hooks do (device_map, cpu_offload), and what mergence adds would not be called. "
+            "Apply before that: load on one device, mergence.apply, accelerate.dispatch_model."
+        )
+    _uncover(module)
     module.__class__ = _reduced_class(base, mixin)
     module.__dict__[ATTACHMENT] = attachment
     if learned is not None:
@@ -109,9 +140,11 @@ def restore(model: nn.Module) -> None:
     """Undo `swap` in a model and everything in it; what was never swapped is left alone.
 
     Raises:
-        MergenceError: Somebody else changed the class of a module after mergence did.
+        MergenceError: Somebody else changed the class of a module after mergence did, or covered
+            its forward.
     """
     for module in _swapped(model):
+        _uncover(module)
         module.__class__ = original_class(module)
         del module.__dict__[ATTACHMENT]
         module._modules.pop(LEARNED, None)
@@ -121,13 +154,19 @@ def _swapped(model: nn.Module) -> list[nn.Module]:
     """The modules that mergence changed, all of them as it left them."""
     found = {name: module for name, module in model.named_modules() if is_swapped(module)}
     for name, module in found.items():
+        what = f"'{name}'" if name else "The model"
         if "_mergence_base" not in vars(type(module)):
-            what = f"'{name}'" if name else "The model"
             raise MergenceError(
                 f"{what} is a {type(module).__name__} now: its "
                 "class was changed after mergence was applied, as fully_shard and torch's "
                 "parametrizations do, and cannot be set back. Undo that before, or begin with "
                 "mergence; mergence.disabled(model) still runs the dense model."
+            )
+        if _defines_forward(vars(type(module))["_mergence_mixin"]) and _is_covered(module):
+            raise MergenceError(
+                f"The forward of {what}, a {type(module).__name__}, was covered after mergence was "
+                "applied, as accelerate's hooks do, and would call what mergence takes away. Undo "
+                "that before; mergence.disabled(model) still runs the dense model."
             )
     return list(found.values())
 

@@ -83,16 +83,17 @@ def test_the_model_is_left_alone(probe: Probe, model: nn.Module) -> None:
         assert not module._forward_pre_hooks
 
 
-def test_a_covered_forward_is_put_back(model: nn.Module, images: list[torch.Tensor]) -> None:
-    probe = Probe(model, images)
-    block = model.blocks[0]  # type: ignore[index]
-    mine = block.forward
-    vars(block)["forward"] = mine
+def test_a_bound_forward_on_a_block_hides_no_reduction(
+    model: nn.Module, images: list[torch.Tensor]
+) -> None:
+    probe, counts = Probe(model, images), [196] * 5 + [90] * 7
+    expected = probe.mean(kl_divergence, build("mergence", {}), counts)
+    block = model.blocks[5]  # type: ignore[index]
+    vars(block)["forward"] = block.forward
     try:
-        probe.mean(kl_divergence, build("mergence", {}), [196] * 5 + [90] * 7)
-        assert vars(block)["forward"] is mine
+        assert probe.mean(kl_divergence, build("mergence", {}), counts) == expected
     finally:
-        del vars(block)["forward"]
+        vars(block).pop("forward", None)
 
 
 def test_distances() -> None:

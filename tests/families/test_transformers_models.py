@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def test_classifiers_average_by_size_and_towers_in_them_stay_plain(
 ) -> None:
     model = mergence.apply(tiny(kind).double(), keep_rate=0.6)
     image = image.double()
-    tower = next(m for m in model.modules() if type(m).__name__.endswith("Model"))
+    tower = next(m for m in model.modules() if type(m).__name__.endswith(("Model", "Transformer")))
     prefix = mergence.describe(model).prefix
     size = mergence.trace(model, image).points[-1].size.double()
     assert (size > 1).any()
@@ -60,7 +61,7 @@ def test_models_of_image_and_text_are_reduced_directly(cls: str, image: Tensor) 
     model = randomised(getattr(transformers, cls)(config)).eval()
     keys = list(model.state_dict())
     expected = model(TEXT, image)
-    embedding = model.get_image_features(image).pooler_output
+    embedding = answer(model.get_image_features(image))
     mergence.apply(model, macs=1.0)
     assert torch.equal(model(TEXT, image).logits_per_image, expected.logits_per_image)
     mergence.apply(model, keep_rate=0.7)
@@ -71,10 +72,10 @@ def test_models_of_image_and_text_are_reduced_directly(cls: str, image: Tensor) 
     assert reduced.logits_per_image.isfinite().all()
     assert not torch.equal(reduced.image_embeds, expected.image_embeds)
     assert torch.equal(reduced.text_embeds, expected.text_embeds)
-    found = model.get_image_features(image).pooler_output
+    found = answer(model.get_image_features(image))
     assert not torch.equal(found, embedding)
     with mergence.disabled(model):
-        assert torch.equal(model.get_image_features(image).pooler_output, embedding)
+        assert torch.equal(answer(model.get_image_features(image)), embedding)
     alone = mergence.apply(mergence.remove(model).vision_model, keep_rate=0.7)
     pooled = alone(image).pooler_output
     pooled = pooled if cls == "SiglipModel" else model.visual_projection(pooled)
@@ -182,6 +183,8 @@ def test_attention_maps_are_refused_and_work_while_disabled(image: Tensor) -> No
 @torch.no_grad()
 def test_masks_are_refused_and_work_while_disabled(image: Tensor) -> None:
     model, mask = tiny("vit"), torch.ones(2, 37, dtype=torch.long)
+    if "attention_mask" not in inspect.signature(model.vit.forward).parameters:
+        pytest.skip("this release of the library takes no masks of patches")
     mask[:, 5] = 0
     expected = model(image, attention_mask=mask).logits
     mergence.apply(model, keep_rate=0.7)
@@ -226,10 +229,11 @@ def test_other_image_sizes(kind: str, size: tuple[int, int]) -> None:
 def test_a_pooling_head_that_cannot_know_the_sizes_refuses(image: Tensor) -> None:
     model = mergence.apply(tiny("siglip"), keep_rate=0.7)
     tokens = model(image).last_hidden_state
+    head = next(m for name, m in model.named_modules() if name.split(".")[-1] == "head")
     with pytest.raises(ReducedOutputError, match=r"head.*by itself.*14 tokens.*mergence\.disabled"):
-        model.head(tokens)
+        head(tokens)
     with mergence.disabled(model):
-        assert model.head(tokens).shape == (2, 48)
+        assert head(tokens).shape == (2, 48)
 
 
 def test_a_foreign_block_is_refused() -> None:
@@ -237,7 +241,7 @@ def test_a_foreign_block_is_refused() -> None:
         attention = nn.Identity()
 
     model = tiny("vit")
-    model.vit.layers[2] = OtherLayer()
+    next(m for m in model.modules() if isinstance(m, nn.ModuleList))[2] = OtherLayer()
     with pytest.raises(UnsupportedModelError, match=r"Block 3 .*OtherLayer;.*ViTLayer"):
         mergence.apply(model, macs=0.67)
 

@@ -97,7 +97,7 @@ def test_trainer_trains_and_evaluates_a_reduced_model(kind: str, tmp_path: Path)
     trainer.train()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert any("classifier" in name for name in changed)
-    assert any("layers.0" in name for name in changed)
+    assert any(".0." in name for name in changed)
     found = trainer.evaluate()
     assert found["eval_loss"] > 0
     mergence.remove(model)

@@ -19,7 +19,7 @@ from mergence.schedule import Counts
 
 
 class Probe:
-    """A dense model's answers to some images, and what each of its blocks was given.
+    """A dense model's answers to some images, and what each of its blocks gave out.
 
     Blocks before the first reduction see the same tokens whatever follows, so that work is done
     once: a measurement starts at the block that reduces first.
@@ -44,14 +44,15 @@ class Probe:
         spec = family.find(model).inspect(model)
         self._blocks = spec.blocks
         self._dense: list[Tensor] = []
-        self._inputs: list[list[Tensor]] = []
+        self._outputs: list[list[Any]] = []
         self.images = sum(map(len, batches))
         for batch in batches:
-            output, inputs = self._run_dense(batch)
-            self.patches = inputs[0].shape[1] - spec.cost.prefix
-            memory -= sum(x.numel() * x.element_size() for x in inputs)
-            self._dense.append(output)
-            self._inputs.append(inputs if memory >= 0 else [])
+            dense, outputs = self._run_dense(batch)
+            tokens = [answer(output) for output in outputs]
+            self.patches = tokens[0].shape[1] - spec.cost.prefix
+            memory -= sum(x.numel() * x.element_size() for x in tokens)
+            self._dense.append(dense)
+            self._outputs.append(outputs if memory >= 0 else [])
 
     def mean(
         self,
@@ -73,26 +74,28 @@ class Probe:
             first = next((i for i, n in enumerate(counts) if n < self.patches), len(counts))
         recipe, done, total = Recipe(method, Counts(after=tuple(counts))), 0, 0.0
         with torch.inference_mode(), applied(self._model, recipe):
-            for batch, dense, inputs in zip(self._batches, self._dense, self._inputs, strict=True):
+            for batch, dense, outputs in zip(
+                self._batches, self._dense, self._outputs, strict=True
+            ):
                 if images is not None and done >= images:
                     break
-                with _resumed(self._blocks, inputs, first):
+                with _resumed(self._blocks, outputs, first):
                     reduced = answer(self._model(batch)).float()
                 total += float(distance(dense, reduced).sum())
                 done += len(batch)
         return total / done
 
     @torch.inference_mode()
-    def _run_dense(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
-        inputs: list[Tensor] = []
+    def _run_dense(self, batch: Tensor) -> tuple[Tensor, list[Any]]:
+        outputs: list[Any] = []
 
-        def remember(block: nn.Module, arguments: tuple[Any, ...]) -> None:
-            inputs.append(arguments[0])
+        def remember(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            outputs.append(output)
 
         with ExitStack() as hooks:
             for block in self._blocks:
-                hooks.enter_context(_removed(block.register_forward_pre_hook(remember)))
-            return answer(self._model(batch)).float(), inputs
+                hooks.enter_context(_removed(block.register_forward_hook(remember)))
+            return answer(self._model(batch)).float(), outputs
 
 
 @contextmanager
@@ -104,19 +107,16 @@ def _removed(handle: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _resumed(blocks: Sequence[nn.Module], inputs: Sequence[Tensor], first: int) -> Iterator[None]:
+def _resumed(blocks: Sequence[nn.Module], outputs: Sequence[Any], first: int) -> Iterator[None]:
     """Let the blocks before `first` hand on what the dense model's blocks did, without computing.
 
     Their `forward` is covered on the instance, which every library's way of calling blocks honours.
     """
-    skipped = blocks[: min(first, len(inputs) - 1)] if inputs else ()
-    covered = [block.__dict__.get("forward") for block in skipped]
+    skipped = blocks[: min(first, len(outputs))]
     try:
-        for index, block in enumerate(skipped, start=1):
-            block.__dict__["forward"] = lambda *_, _output=inputs[index], **__: _output
+        for block, output in zip(skipped, outputs, strict=False):
+            block.__dict__["forward"] = lambda *_, _output=output, **__: _output
         yield
     finally:
-        for block, forward in zip(skipped, covered, strict=True):
-            del block.__dict__["forward"]
-            if forward is not None:
-                block.__dict__["forward"] = forward
+        for block in skipped:
+            block.__dict__.pop("forward", None)

@@ -19,13 +19,17 @@ class Layout:
         attention: The attention.
         norms: The norms before attention and MLP.
         after: What both branches pass through before they are added.
-        mlp: The MLP, in one part or two.
+        mlp: The MLP; in two parts the second adds what came before it.
+        split: The attention is a module of queries, keys and values and one of what follows them.
+        tuples: The block gives out a tuple.
     """
 
     attention: str
     norms: tuple[str, str]
     after: tuple[tuple[str, ...], tuple[str, ...]]
     mlp: tuple[str, ...] = ("mlp",)
+    split: bool = False
+    tuples: bool = False
 
 
 VIT = Layout("attention", ("layernorm_before", "layernorm_after"), (("dropout",), ("dropout",)))
@@ -33,9 +37,7 @@ DINO = Layout(
     "attention", ("norm1", "norm2"), (("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
 )
 CLIP = Layout("self_attn", ("layer_norm1", "layer_norm2"), ((), ()))
-VIDEO = Layout(
-    "attention", ("layernorm_before", "layernorm_after"), ((), ()), ("intermediate", "output")
-)
+SPLIT_VIT = replace(VIT, after=((), ()), mlp=("intermediate", "output"), split=True)
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,22 @@ _DINOV3 = Tower(
 _VIDEOMAE = Tower(
     "VideoMAELayer",
     "VideoMAEAttention",
-    VIDEO,
+    SPLIT_VIT,
     "encoder.layer",
     _PROJECTION,
     0,
     masks="bool_masked_pos",
+)
+_CLIPS = (
+    ("clip", "CLIP", _clip("CLIPEncoderLayer", "CLIPAttention")),
+    ("metaclip_2", "MetaClip2", _clip("MetaClip2EncoderLayer", "MetaClip2Attention")),
+    ("altclip", "AltCLIP", _clip("AltCLIPEncoderLayer", "AltCLIPAttention")),
+    (
+        "chinese_clip",
+        "ChineseCLIP",
+        _clip("ChineseCLIPVisionLayer", "ChineseCLIPVisionAttention"),
+    ),
+    ("siglip", "Siglip", _clip("SiglipEncoderLayer", "SiglipAttention", prefix=0, head="head")),
 )
 _REGISTERS = "dinov2_with_registers"
 
@@ -145,19 +158,15 @@ TOWERS: dict[str, Tower] = {
     _name(_REGISTERS, "Dinov2WithRegistersBackbone"): _dino("Dinov2WithRegisters", maps=True),
     _name("dinov3_vit", "DINOv3ViTModel"): _DINOV3,
     _name("dinov3_vit", "DINOv3ViTBackbone"): replace(_DINOV3, maps=True),
-    _name("clip", "CLIPVisionModel"): _clip("CLIPEncoderLayer", "CLIPAttention"),
-    _name("metaclip_2", "MetaClip2VisionModel"): _clip(
-        "MetaClip2EncoderLayer", "MetaClip2Attention"
-    ),
-    _name("altclip", "AltCLIPVisionModel"): _clip("AltCLIPEncoderLayer", "AltCLIPAttention"),
-    _name("chinese_clip", "ChineseCLIPVisionModel"): _clip(
-        "ChineseCLIPVisionLayer", "ChineseCLIPVisionAttention"
-    ),
-    _name("siglip", "SiglipVisionModel"): _clip(
-        "SiglipEncoderLayer", "SiglipAttention", prefix=0, head="head"
-    ),
+    **{
+        # Before transformers 5.6 the model was a transformer in a module with no more in it.
+        _name(architecture, f"{names}{cls}"): tower
+        for architecture, names, tower in _CLIPS
+        for cls in ("VisionModel", "VisionTransformer")
+    },
 }
 
+_VISION = Container("vision_model", ())
 _PROJECTED = Container("vision_model", ("visual_projection",))
 _BACKBONE = Container("backbone", ())
 
@@ -198,7 +207,11 @@ CONTAINERS: dict[str, Container] = {
         (_named("metaclip_2", "MetaClip2ForImageClassification"), _AVERAGED),
         (_named("altclip", "AltCLIPModel"), _PROJECTED),
         (_named("chinese_clip", "ChineseCLIPModel"), _PROJECTED),
-        (_named("siglip", "SiglipModel"), Container("vision_model", ())),
+        (_named("siglip", "SiglipModel"), _VISION),
+        *(
+            (_named(architecture, f"{names}VisionModel"), _VISION)
+            for architecture, names, _ in _CLIPS
+        ),
         (_named("siglip", "SiglipForImageClassification"), _AVERAGED),
         (_named("depth_anything", "DepthAnythingForDepthEstimation"), _BACKBONE),
         (_named("prompt_depth_anything", "PromptDepthAnythingForDepthEstimation"), _BACKBONE),

@@ -1,7 +1,6 @@
 """The blocks of transformers' Vision Transformers, restated.
 
-Written against transformers 5.23, whose attention takes an additive mask in its "sdpa" and "eager"
-implementations alone.
+Written against transformers 5.23; 4.57 is the oldest of which the tests pass.
 """
 
 from __future__ import annotations
@@ -15,9 +14,13 @@ from torch import Tensor
 
 from mergence import ops
 from mergence.families._common import reduced_forward, refuse_mask
-from mergence.families._transformers import CLIP, DINO, VIDEO, VIT, Layout
+from mergence.families._transformers import CLIP, DINO, SPLIT_VIT, VIT, Layout
+from mergence.families._transformers_releases import SPLIT_DINO, TUPLE_CLIP
 from mergence.state import Carry
 from mergence.step import BlockStep
+
+# Under which names the library hands masks to its blocks.
+_MASKS = ("attention_mask", "head_mask", "causal_attention_mask")
 
 
 def attention(
@@ -42,20 +45,45 @@ def attention(
     return out(y), q, k
 
 
+def split_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, of an attention in two modules."""
+    first = attn.attention
+    shape = (*x.shape[:-1], -1, first.attention_head_size)
+    # In the library's order, in which the gradients of `x` are summed up, too.
+    k, v, q = (
+        project(x).view(shape).transpose(1, 2) for project in (first.key, first.value, first.query)
+    )
+    # Where heads can be pruned, in transformers 4, "eager" multiplies by what it is given, a mask
+    # of heads.
+    fused = hasattr(attn, "pruned_heads")
+    y = _attend(first, q, k, v, bias, first.dropout_prob, fused=fused, is_causal=False)
+    return attn.output(y, x), q, k
+
+
 def _attend(
-    attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, **options: Any
+    attn: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    *,
+    fused: bool = False,
+    **options: Any,
 ) -> Tensor:
     """The library's own product of queries, keys and values `[B, H, N, D]`, `[B, N, H D]`.
 
-    Where that is torch's with a mask, it is the operator that takes a bias on the keys.
+    Where that is torch's with a mask, or `fused` asks for it, it is the operator that takes a bias
+    on the keys.
     """
-    dropout = dropout if attn.training else 0.0
+    dropout, kernel = dropout if attn.training else 0.0, attn.config._attn_implementation
     standard = scale_of(attn) == q.shape[3] ** -0.5
-    if bias is not None and attn.config._attn_implementation == "sdpa" and standard:
+    if bias is not None and standard and (fused or kernel == "sdpa"):
         return ops.attend(q, k, v, bias, dropout).transpose(1, 2).flatten(2)
     home = sys.modules[type(attn).__module__]
-    attend = home.ALL_ATTENTION_FUNCTIONS.get_interface(
-        attn.config._attn_implementation, home.eager_attention_forward
+    # `get_interface` is newer than the oldest release.
+    attend = (
+        home.eager_attention_forward if kernel == "eager" else home.ALL_ATTENTION_FUNCTIONS[kernel]
     )
     y: Tensor = attend(attn, q, k, v, bias, dropout=dropout, scaling=scale_of(attn), **options)[0]
     return y.reshape(*y.shape[:2], -1).contiguous()
@@ -63,6 +91,7 @@ def _attend(
 
 def scale_of(attn: Any) -> float:
     """The factor on the logits of an attention."""
+    attn = getattr(attn, "attention", attn)
     scale: float = attn.scaling if hasattr(attn, "scaling") else attn.scale
     return scale
 
@@ -71,8 +100,11 @@ def first_half(
     block: Any, layout: Layout, x: Tensor, bias: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`forward` of the library's blocks up to the MLP, with the attention's q and k."""
-    attn = getattr(block, layout.attention)
-    y, q, k = attention(attn, getattr(block, layout.norms[0])(x), bias, **options)
+    attn, z = getattr(block, layout.attention), getattr(block, layout.norms[0])(x)
+    # The two modules take no options.
+    y, q, k = (
+        split_attention(attn, z, bias) if layout.split else attention(attn, z, bias, **options)
+    )
     for name in layout.after[0]:
         y = getattr(block, name)(y)
     return x + y, q, k
@@ -80,7 +112,12 @@ def first_half(
 
 def second_half(block: Any, layout: Layout, x: Tensor) -> Tensor:
     """`forward` of the library's blocks from there on."""
-    y = block.mlp(getattr(block, layout.norms[1])(x))
+    z = getattr(block, layout.norms[1])(x)
+    first, *second = (getattr(block, name) for name in layout.mlp)
+    y = first(z)
+    for last in second:
+        added: Tensor = last(y, x)
+        return added
     for name in layout.after[1]:
         y = getattr(block, name)(y)
     out: Tensor = x + y
@@ -92,19 +129,23 @@ class ReducedBlock:
 
     _mergence_layout: ClassVar[Layout]
 
-    def forward(
-        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
-    ) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor, *masks: Tensor | None, **options: Any) -> Any:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
         dense: Any = super(ReducedBlock, self)
         if step.program.run.disabled:
-            y: Tensor = dense.forward(hidden_states, attention_mask, **options)
-            return y
+            return dense.forward(hidden_states, *masks, **options)
+        named = {name: options.pop(name) for name in _MASKS if name in options}
         # While it is traced for export, the library writes out a mask that hides nothing.
         if not torch.compiler.is_compiling():
-            refuse_mask(attention_mask)
+            refuse_mask(*masks, *named.values())
         layout = self._mergence_layout
+        masks, named = (None,) * len(masks), dict.fromkeys(named)
+
+        def whole(x: Tensor) -> Tensor:
+            found = dense.forward(x, *masks, **named, **options)
+            y: Tensor = found[0] if layout.tuples else found
+            return y
 
         def placed(known: Carry) -> dict[str, Any]:
             """The options, with the rotations of the tokens that there are."""
@@ -114,14 +155,15 @@ class ReducedBlock:
             rows = tuple(table[known.position].unsqueeze(1) for table in rope)
             return options | {"position_embeddings": rows}
 
-        return reduced_forward(
+        y = reduced_forward(
             self,
             hidden_states,
-            lambda x: dense.forward(x, None, **options),
+            whole,
             lambda x, known: first_half(self, layout, x, known.bias, **placed(known)),
             partial(second_half, self, layout),
             scale_of(getattr(self, layout.attention)),
         )
+        return (y,) if layout.tuples else y
 
 
 class ReducedViTBlock(ReducedBlock):
@@ -142,51 +184,32 @@ class ReducedClipBlock(ReducedBlock):
     _mergence_layout = CLIP
 
 
-def first_half_of_video(
-    block: Any, x: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`VideoMAELayer.forward` up to the MLP, with the attention's q and k."""
-    attn, z = block.attention.attention, block.layernorm_before(x)
-    shape = (*x.shape[:-1], -1, attn.attention_head_size)
-    # In the library's order, in which the gradients of `z` are summed up, too.
-    k, v, q = (
-        project(z).view(shape).transpose(1, 2) for project in (attn.key, attn.value, attn.query)
-    )
-    y = _attend(attn, q, k, v, bias, attn.dropout_prob, is_causal=False)
-    return block.attention.output(y, z) + x, q, k
+class ReducedSplitViTBlock(ReducedBlock):
+    """Mixed into the blocks of VideoMAE, and those of ViT before transformers 5.9."""
+
+    _mergence_layout = SPLIT_VIT
 
 
-def second_half_of_video(block: Any, x: Tensor) -> Tensor:
-    """`VideoMAELayer.forward` from there on."""
-    out: Tensor = block.output(block.intermediate(block.layernorm_after(x)), x)
-    return out
+class ReducedSplitDinoBlock(ReducedBlock):
+    """Mixed into the blocks of DINOv2 before transformers 5.18."""
+
+    _mergence_layout = SPLIT_DINO
 
 
-class ReducedVideoBlock:
-    """Mixed into the blocks of VideoMAE, whose forward has no way in for a bias on the keys."""
+class ReducedTupleClipBlock(ReducedBlock):
+    """Mixed into the blocks of CLIP in transformers 4."""
 
-    _mergence_layout = VIDEO
-
-    def forward(self: Any, hidden_states: Tensor, **options: Any) -> Tensor:
-        """The block's forward, with fewer tokens after it where the schedule says so."""
-        step: BlockStep = self._mergence
-        dense: Any = super(ReducedVideoBlock, self)
-        if step.program.run.disabled:
-            y: Tensor = dense.forward(hidden_states, **options)
-            return y
-        return reduced_forward(
-            self,
-            hidden_states,
-            lambda x: dense.forward(x, **options),
-            lambda x, known: first_half_of_video(self, x, known.bias),
-            partial(second_half_of_video, self),
-            scale_of(self.attention.attention),
-        )
+    _mergence_layout = TUPLE_CLIP
 
 
 BLOCK_MIXINS: dict[Layout, type] = {
-    VIT: ReducedViTBlock,
-    DINO: ReducedDinoBlock,
-    CLIP: ReducedClipBlock,
-    VIDEO: ReducedVideoBlock,
+    mixin._mergence_layout: mixin
+    for mixin in (
+        ReducedViTBlock,
+        ReducedDinoBlock,
+        ReducedClipBlock,
+        ReducedSplitViTBlock,
+        ReducedSplitDinoBlock,
+        ReducedTupleClipBlock,
+    )
 }

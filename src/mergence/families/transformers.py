@@ -26,6 +26,7 @@ from mergence.families._transformers import (
     tiny_models,
 )
 from mergence.families._transformers_blocks import BLOCK_MIXINS
+from mergence.families._transformers_releases import as_built
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
 from mergence.restoring import restored
@@ -44,12 +45,13 @@ class ReducedTower:
         dense: Any = super(ReducedTower, self)
         program: Program = self._mergence
         run = program.run
-        image = inputs[0] if inputs else options.get(self.main_input_name)
+        image = _image(inputs, options)
         if run.disabled or image is None:  # without an image the library says what is missing
             return dense.forward(*inputs, **options)
         refuse_mask(options.get("attention_mask"))
         _require_additive(self.config, ReducedOutputError)
-        if options.get("output_attentions", self.config.output_attentions):
+        asked = options.get("output_attentions")
+        if self.config.output_attentions if asked is None else asked:
             raise ReducedOutputError(
                 "output_attentions of a reduced model would have to return maps between the "
                 "original tokens, which are merged on the way. Leave it out, follow patches with "
@@ -77,7 +79,7 @@ class ReducedMaskingTower(ReducedTower):
 
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
         """The tower's forward on all patches, in raster order."""
-        image = inputs[0] if inputs else options.get(self.main_input_name)
+        image = _image(inputs, options)
         if self._mergence.run.disabled or image is None:
             return super().forward(*inputs, **options)
         kind: Any = _entry(TOWERS, self)
@@ -183,6 +185,12 @@ class AveragingContainer:
             return dense.forward(*inputs, **options)
 
 
+def _image(inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The image that a tower was called with, None without one."""
+    # Not by `main_input_name`, which older releases do not say of every tower.
+    return inputs[0] if inputs else options.get("pixel_values", options.get("input_values"))
+
+
 def _times_size(x: Tensor, size: Tensor) -> Tensor:
     """Tokens `[B, P + N, C]` of which the plain mean over the patch tokens is by size."""
     factor = size * (size.shape[1] / size.sum(dim=1, keepdim=True))
@@ -247,7 +255,7 @@ class Transformers(Family):
     )
 
     refused: ClassVar[Mapping[str, str]] = REFUSED
-    oldest: ClassVar[str] = "5.18"
+    oldest: ClassVar[str] = "4.57"
 
     def inspect(self, model: Any) -> ModelSpec:
         """Read a model of transformers; see `Family.inspect`."""
@@ -258,6 +266,7 @@ class Transformers(Family):
                 f"The '{container.tower if container else ''}' of this {type(model).__name__} is a "
                 f"{qualified_names(original_class(tower))[0]}. Known: {self.supported}."
             )
+        kind = as_built(kind, tower)
         _require_additive(tower.config, UnsupportedModelError)
         _require_all_patches(tower.config, UnsupportedModelError)
         if container is not None and getattr(model.config, "use_mean_pooling", True) is False:
@@ -318,7 +327,9 @@ def _entry(table: Mapping[str, EntryT], model: nn.Module) -> EntryT | None:
 def _opened(model: Any) -> tuple[Container | None, Any]:
     """What a model puts around a tower, None where it is one, and the tower."""
     container = _entry(CONTAINERS, model)
-    return container, model if container is None else getattr(model, container.tower)
+    if container is None or not hasattr(model, container.tower):
+        return None, model
+    return container, getattr(model, container.tower)
 
 
 def _cost(tower: Any, kind: Tower, head: Any, heads: list[nn.Module]) -> ModelCost:

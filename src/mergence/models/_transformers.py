@@ -83,7 +83,8 @@ def _class(name: str, config: Any) -> Any:
             f"'hf:{name}' was saved from the class {saved}. Known: {family.supported}."
         )
     cls = getattr(transformers, _TOWERS.get(saved, saved))
-    if "image" not in (takes := cls.input_modalities):
+    # transformers 4 does not say; what it has for other than images is refused elsewhere.
+    if "image" not in (takes := getattr(cls, "input_modalities", "image")):
         takes = takes if isinstance(takes, str) else " and ".join(takes)
         raise UnsupportedModelError(
             f"'hf:{name}' was saved from the class {saved}, which takes {takes}; what is loaded by "

@@ -1,0 +1,86 @@
+"""How older releases of transformers build towers, told from what they leave in modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from mergence.errors import UnsupportedModelError
+from mergence.families._transformers import CLIP, DINO, SPLIT_VIT, TOWERS, VIT, Tower
+from mergence.families._transformers_releases import SPLIT_DINO, TUPLE_CLIP, as_built
+
+
+class Block(nn.Module):
+    """A block with parts of some names; `forward` is that of transformers 5."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> None: ...
+
+
+class TupleBlock(Block):
+    """One of transformers 4."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor, output_attentions: bool = False
+    ) -> None: ...
+
+
+def tower(path: str, block: nn.Module) -> nn.Module:
+    module: nn.Module = nn.ModuleList([block])
+    for name in reversed(path.split(".")):
+        module = Block(**{name: module})
+    return module
+
+
+def entry(cls: str) -> Tower:
+    return next(kind for name, kind in TOWERS.items() if name.endswith(f".{cls}"))
+
+
+ONE = Block(attention=Block(q_proj=nn.Linear(2, 2)))
+SPLIT = Block(attention=Block(attention=Block(query=nn.Linear(2, 2)), output=nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("cls", "path", "block", "layout"),
+    [
+        ("ViTModel", "layers", ONE, VIT),
+        ("ViTModel", "encoder.layer", SPLIT, SPLIT_VIT),
+        ("VideoMAEModel", "encoder.layer", SPLIT, SPLIT_VIT),
+        ("Dinov2Model", "encoder.layer", ONE, DINO),
+        ("Dinov2Model", "encoder.layer", SPLIT, SPLIT_DINO),
+        ("DINOv3ViTModel", "model.layer", ONE, DINO),
+        ("DINOv3ViTModel", "layer", ONE, DINO),
+        ("CLIPVisionModel", "encoder.layers", Block(self_attn=nn.Linear(2, 2)), CLIP),
+        ("CLIPVisionTransformer", "encoder.layers", TupleBlock(), TUPLE_CLIP),
+    ],
+)
+def test_names_are_those_that_the_modules_have(
+    cls: str, path: str, block: nn.Module, layout: Any
+) -> None:
+    found = as_built(entry(cls), tower(path, block))
+    assert found.blocks == path
+    assert found.layout == layout
+
+
+@pytest.mark.parametrize(
+    ("cls", "path", "block"),
+    [
+        ("DINOv3ViTBackbone", "layer", ONE),
+        (
+            "VideoMAEModel",
+            "encoder.layer",
+            Block(attention=Block(attention=Block(q_bias=nn.Linear(2, 2)))),
+        ),
+    ],
+)
+def test_what_a_release_builds_otherwise_is_refused(cls: str, path: str, block: nn.Module) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=r"not supported as transformers \d.*Upgrade: pip"
+    ):
+        as_built(entry(cls), tower(path, block))
