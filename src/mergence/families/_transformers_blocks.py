@@ -136,8 +136,9 @@ class ReducedBlock:
         if step.program.run.disabled:
             return dense.forward(hidden_states, *masks, **options)
         named = {name: options.pop(name) for name in _MASKS if name in options}
-        # While it is traced for export, the library writes out a mask that hides nothing.
-        if not torch.compiler.is_compiling():
+        # While a graph is recorded, the library writes out a mask that hides nothing.
+        tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if not torch.compiler.is_compiling() and not tracing:
             refuse_mask(*masks, *named.values())
         layout = self._mergence_layout
         masks, named = (None,) * len(masks), dict.fromkeys(named)
