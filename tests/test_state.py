@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from mergence.state import Carry, Run, attach, attached
+from mergence.state import Carry, Run, Runs, attach, attached
 
 
 def test_a_run_is_reset_on_entry_and_on_exit() -> None:
@@ -48,20 +48,20 @@ def test_inner_calls_join_the_outer_run() -> None:
 
 
 def test_each_thread_has_its_own_run() -> None:
-    run = Run()
-    with run.forward((2, 2)), ThreadPoolExecutor(1) as pool:
-        run.disabled = True
-        there = pool.submit(lambda: (run.active, run.grid, run.disabled)).result()
-    assert there == (False, None, False)
+    runs = Runs()
+    with runs.here.forward((2, 2)), ThreadPoolExecutor(1) as pool:
+        runs.here.disabled = True
+        there = pool.submit(lambda: runs.here).result()
+    assert (there.active, there.grid, there.disabled) == (False, None, False)
 
 
-def test_copies_and_pickles_of_a_run_are_empty() -> None:
-    run = Run()
-    with run.forward((2, 2)):
-        run.disabled = True
-        for twin in (copy.copy(run), copy.deepcopy(run), pickle.loads(pickle.dumps(run))):
-            assert twin is not run
-            assert (twin.active, twin.grid, twin.disabled) == (False, None, False)
+def test_copies_and_pickles_of_runs_are_empty() -> None:
+    runs = Runs()
+    with runs.here.forward((2, 2)):
+        runs.here.disabled = True
+        for twin in (copy.copy(runs), copy.deepcopy(runs), pickle.loads(pickle.dumps(runs))):
+            assert twin is not runs
+            assert (twin.here.active, twin.here.grid, twin.here.disabled) == (False, None, False)
 
 
 def test_a_tensor_remembers_its_carry_and_others_do_not() -> None:

@@ -65,10 +65,26 @@ class Carry:
         return source
 
 
-class Run(threading.local):
-    """The forward pass that is under way in this thread, if any.
+class Runs(threading.local):
+    """The runs of a program, one in each thread.
 
-    Copies and pickles of it are empty: a run belongs to a thread and a moment, not to a model.
+    What compiled code assigns to a thread's own attributes is lost without a word (torch 2.14), so
+    there is one, and never another is assigned. Copies and pickles are empty: a run belongs to a
+    thread and a moment, not to a model.
+
+    Attributes:
+        here: The run of this thread.
+    """
+
+    def __init__(self) -> None:
+        self.here = Run()
+
+    def __reduce__(self) -> tuple[type[Runs], tuple[()]]:
+        return Runs, ()
+
+
+class Run:
+    """The forward pass that is under way in a thread, if any.
 
     Attributes:
         active: Whether a forward is under way.
@@ -84,8 +100,8 @@ class Run(threading.local):
     """
 
     def __init__(self) -> None:
-        # Runs once in each thread. Class attributes would do, but compiled code would then be
-        # guarded by their absence from the instance, which ends with the first forward.
+        # Class attributes would do, but compiled code would then be guarded by their absence from
+        # the instance, which ends with the first forward.
         self.active: bool = False
         self.carry: Carry | None = None
         self.grid: tuple[int, int] | None = None
@@ -94,9 +110,6 @@ class Run(threading.local):
         self.clock: Callable[[str], None] | None = None
         self.disabled: bool = False
         self.averaged: bool = False
-
-    def __reduce__(self) -> tuple[type[Run], tuple[()]]:
-        return Run, ()
 
     @contextmanager
     def forward(self, grid: tuple[int, int]) -> Iterator[Run]:

@@ -16,7 +16,7 @@ from mergence.method import Method
 from mergence.plan import MergePlan, TokenView, most_important
 from mergence.schedule import Schedule
 from mergence.setting import Setting
-from mergence.state import Carry, Run, attach, attached
+from mergence.state import Carry, Run, Runs, attach, attached
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Program:
         patches: Patches at the model's own input size.
         coarse: Whether the schedule may read some of them coarsely where the method leaves it open.
         learned: MACs of the method's learned module as a function of tokens, or None.
-        run: The state of the forward that is under way.
+        runs: The state of the forward that is under way, in each thread.
     """
 
     method: Method
@@ -43,8 +43,13 @@ class Program:
     patches: int
     coarse: bool = False
     learned: Callable[[int], int] | None = None
-    run: Run = field(default_factory=Run)
+    runs: Runs = field(default_factory=Runs)
     _tokens: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Run:
+        """The state of the forward that is under way in this thread."""
+        return self.runs.here
 
     @property
     def depth(self) -> int:
@@ -267,6 +272,10 @@ class BlockStep:
 
     program: Program
     index: int
+    _slots: dict[int, int | None] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        self._slots_of(self.program.patches)
 
     def enter(self, x: Tensor) -> Carry:
         """What is known about the tokens that enter the block.
@@ -293,8 +302,15 @@ class BlockStep:
 
     def slots(self, carry: Carry) -> int | None:
         """How many patch tokens the block leaves, or None where it removes none."""
-        before, after = self.program.tokens(carry.patches)[self.index :][:2]
-        return after if after < before else None
+        return self._slots_of(int(carry.patches))  # sizes are tensors while torch.jit traces
+
+    def _slots_of(self, patches: int) -> int | None:
+        # Kept, so that blocks that are compiled one by one share what was compiled: code that looks
+        # at the index would be made for each.
+        if patches not in self._slots:
+            before, after = self.program.tokens(patches)[self.index :][:2]
+            self._slots[patches] = after if after < before else None
+        return self._slots[patches]
 
     def leave(self, x: Tensor, carry: Carry) -> None:
         """Hand the books to the next block."""

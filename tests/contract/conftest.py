@@ -98,6 +98,14 @@ def short_reduced(request: pytest.FixtureRequest, fresh: Fresh, shorten: Any) ->
     return _short(*request.param, fresh, shorten)
 
 
+# Compiling all of its blocks takes seconds: a part of the pairs, with models of every library.
+@pytest.fixture(params=PAIRS[::4], ids="-".join)
+def whole_reduced(request: pytest.FixtureRequest, fresh: Fresh) -> nn.Module:
+    """Every fourth of the kinds of models with one of the methods, as deep as they are."""
+    kind, method = request.param
+    return mergence.apply(fresh(kind), method, keep_rate=KEEP_RATE)
+
+
 # Export takes ten seconds: a part of the pairs, with models of every library in it.
 @pytest.fixture(params=PAIRS[::3], ids="-".join)
 def exportable(request: pytest.FixtureRequest, fresh: Fresh, shorten: Any) -> nn.Module:
@@ -119,7 +127,11 @@ def vit(fresh: Fresh) -> nn.Module:
 def inputs(request: pytest.FixtureRequest, fresh: Fresh) -> Callable[[int], Tensor]:
     """Makes random inputs of the shape that the test's model takes, as many as asked."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    chosen = [p for n, p in parameters.items() if n in ("dense", "short_reduced", "exportable")]
+    chosen = [
+        p
+        for n, p in parameters.items()
+        if n in ("dense", "short_reduced", "whole_reduced", "exportable")
+    ]
     kind = next(iter(chosen), PLAIN)
     kind = kind if isinstance(kind, str) else kind[0]
     shape = family.registry()[kind.partition("-")[0]].input_shape(fresh(kind))

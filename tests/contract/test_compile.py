@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 import mergence
+from mergence import family, ops
 from mergence import method as methods
-from mergence import ops
 from mergence.method import names
 from mergence.outputs import answer
 
@@ -70,6 +72,43 @@ def test_it_compiles_again_for_gradients_and_for_another_batch(
     assert torch.equal(without, output(short, image))
     assert torch.equal(with_gradients, short(image))
     assert torch.equal(one, output(short, image[:1]))
+
+
+@pytest.mark.slow
+def test_blocks_that_are_compiled_one_by_one_know_of_each_other(
+    whole_reduced: nn.Module, image: Tensor, output: Any
+) -> None:
+    expected = output(whole_reduced, image)
+    blocks = family.find(whole_reduced).inspect(whole_reduced).blocks
+    for block in blocks:
+        block.compile(backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=2 * len(blocks)):
+        assert torch.equal(output(whole_reduced, image), expected)
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(output, whole_reduced, image).result(), expected)
+
+
+@pytest.mark.slow
+def test_graph_breaks_between_blocks_lose_nothing(vit: Any, image: Tensor, output: Any) -> None:
+    expected = output(mergence.apply(vit, keep_rate=0.7), image)
+    for block in vit.blocks:
+        block.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    compiled = torch.compile(vit, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=20):
+        assert torch.equal(output(compiled, image), expected)
+
+
+@pytest.mark.slow
+def test_most_blocks_that_are_compiled_one_by_one_share_their_code(
+    image: Tensor, output: Any
+) -> None:
+    # torch compiles one function eight times and then no more, and all blocks are one function.
+    model = timm.create_model("vit_tiny_patch16_224", img_size=96, embed_dim=48, num_heads=3).eval()
+    mergence.apply(model, macs=0.67)
+    for block in model.blocks:
+        block.compile(backend="eager")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        output(model, image)
 
 
 @pytest.mark.slow
