@@ -12,8 +12,8 @@ import mergence
 from mergence import demo, profiling
 from mergence.benchmark import bench
 from mergence.profiling import PARTS, parts_of
+from mergence.program import program_of
 from mergence.recipe import make
-from mergence.step import program_of
 
 DEPTH = 12
 REDUCING = ("scoring", "planning", "merging")

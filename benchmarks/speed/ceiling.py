@@ -25,7 +25,7 @@ import mergence
 from mergence.benchmark import take_turns
 from mergence.families._coarse import as_product
 from mergence.macs import count
-from mergence.step import program_of
+from mergence.program import program_of
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from torch.nn.modules.module import (
 from mergence.method import Learned, register
 from mergence.methods import Mstm
 from mergence.multiscale import MultiScaleFusion
-from mergence.step import Program
+from mergence.program import Program
 from mergence.surgery import attachment
 
 

@@ -15,10 +15,11 @@ from mergence import surgery
 from mergence.errors import OptionError, UnsupportedModelError
 from mergence.family import ModelSpec
 from mergence.method import Method
+from mergence.program import Program, program_of, runs_in
 from mergence.recipe import Recipe, make
 from mergence.report import Description
 from mergence.schedule import Schedule
-from mergence.step import BlockStep, Program, program_of
+from mergence.step import BlockStep
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -155,17 +156,18 @@ def applied(
 def disabled(model: ModelT) -> Iterator[ModelT]:
     """Run a reduced model as its dense original for the length of a `with` block.
 
-    Only the current thread is affected. A model that is not reduced runs as it is.
+    Only the current thread is affected. What is reduced inside of another module (a wrapper, a
+    tower of a larger model) runs dense, too; what is not reduced runs as it is.
     """
-    program = surgery.attachment(model)
-    if program is None:
-        yield model
-        return
-    before, program.run.disabled = program.run.disabled, True
+    runs = runs_in(model)
+    before = [run.disabled for run in runs]
+    for run in runs:
+        run.disabled = True
     try:
         yield model
     finally:
-        program.run.disabled = before
+        for run, was in zip(runs, before, strict=True):
+            run.disabled = was
 
 
 def recipe_of(model: nn.Module) -> Recipe:

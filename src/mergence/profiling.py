@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mergence.devices import synchronise
-from mergence.step import program_of
+from mergence.program import program_of
 
 PARTS = ("attention", "mlp", "scoring", "planning", "merging", "learned", "rest")
 """The parts of a forward. `attention` and `mlp` are the two halves of every block, each with its

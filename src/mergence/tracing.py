@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mergence.errors import MergenceError
 from mergence.plan import MergePlan, most_important
+from mergence.program import program_of
 from mergence.state import Carry
-from mergence.step import program_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mergence.calibration.probe import Probe
 from mergence.data import Batch
 from mergence.distances import cosine_distance, kl_divergence
 from mergence.method import build
-from mergence.step import program_of
+from mergence.program import program_of
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mergence
+from mergence.errors import MergenceError
 
 
 def test_disabled_is_the_dense_model_to_the_last_bit(
@@ -39,6 +40,37 @@ def test_disabled_runs_a_dense_model_as_it_is(vit: nn.Module, image: Tensor, out
     expected = output(vit, image)
     with mergence.disabled(vit):
         assert torch.equal(output(vit, image), expected)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: nn.Sequential(model, nn.Identity()),
+        lambda model: torch.compile(model, backend="eager"),
+    ],
+    ids=["around", "compiled"],
+)
+def test_disabled_reaches_a_reduced_model_inside_of_another(
+    wrap: Any, vit: nn.Module, image: Tensor, output: Any
+) -> None:
+    expected = output(vit, image)
+    outer = wrap(mergence.apply(vit, "topk", keep_rate=0.7))
+    reduced = output(outer, image)
+    assert not torch.equal(reduced, expected)
+    with mergence.disabled(outer) as same:
+        assert same is outer
+        assert torch.equal(output(outer, image), expected)
+    assert torch.equal(output(outer, image), reduced)
+    with mergence.disabled(vit.blocks[2]):  # type: ignore[index]
+        assert torch.equal(output(vit, image), expected)
+
+
+def test_what_asks_for_a_reduction_says_where_it_is(vit: nn.Module) -> None:
+    with pytest.raises(MergenceError, match=r"This Sequential is not reduced\. Apply first"):
+        mergence.describe(nn.Sequential(vit))
+    outer = nn.Sequential(mergence.apply(vit, "topk", keep_rate=0.7))
+    with pytest.raises(MergenceError, match=r"Sequential is not reduced\. Its part '\.0' is"):
+        mergence.describe(outer)
 
 
 def test_applied_gives_a_dense_model_back_dense(

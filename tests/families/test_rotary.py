@@ -14,7 +14,7 @@ import mergence
 from mergence import family
 from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.families.timm_eva import FAMILY, first_half, second_half
-from mergence.step import program_of
+from mergence.program import program_of
 
 KINDS = {f"timm_eva-{kind}": build for kind, build in FAMILY.tiny().items()}
 ROTARY = KINDS | {"transformers-dinov3": family.registry()["transformers"].tiny()["dinov3"]}

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods",),
     ("state", "surgery", "report"),
     ("restoring",),
+    ("program",),
     ("step",),
     ("families", "tracing"),
     ("recipe",),

@@ -30,10 +30,10 @@ from mergence.distances import (
 )
 from mergence.errors import DataError, OptionError, ScheduleError
 from mergence.method import Method, build
+from mergence.program import program_of
 from mergence.recipe import Recipe
 from mergence.schedule import Counts, KeepRate, Macs
 from mergence.setting import ALIGN
-from mergence.step import program_of
 
 OBJECTIVES: dict[Objective, tuple[Distance, Distance]] = {
     "kl": (kl_divergence, tempered_kl_divergence),

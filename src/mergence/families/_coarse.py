@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergence.coarse import SIDE
-from mergence.step import Program
+from mergence.program import Program
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -28,9 +28,10 @@ from mergence.families._common import (
 from mergence.families._multihead import attention, scale_of
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
+from mergence.program import Program
 from mergence.restoring import restored
 from mergence.state import Run
-from mergence.step import BlockStep, Program
+from mergence.step import BlockStep
 
 _TRANSFORMER = "open_clip.transformer."
 _TOWER = _TRANSFORMER + "VisionTransformer"

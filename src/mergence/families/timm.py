@@ -27,9 +27,10 @@ from mergence.families._common import (
 from mergence.families._timm_refused import REFUSED
 from mergence.family import Family, ModelSpec
 from mergence.macs import BlockCost, ModelCost
+from mergence.program import Program
 from mergence.restoring import restored
 from mergence.state import Run, attach, attached
-from mergence.step import BlockStep, Program
+from mergence.step import BlockStep
 
 _VIT = "timm.models.vision_transformer."
 _ATTENTION = "timm.layers.attention.Attention"

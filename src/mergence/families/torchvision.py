@@ -21,7 +21,8 @@ from mergence.families._common import (
 from mergence.families._multihead import attention, scale_of
 from mergence.family import Family, ModelSpec
 from mergence.macs import BlockCost, ModelCost
-from mergence.step import BlockStep, Program
+from mergence.program import Program
+from mergence.step import BlockStep
 
 _VIT = "torchvision.models.vision_transformer."
 

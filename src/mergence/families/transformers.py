@@ -29,9 +29,9 @@ from mergence.families._transformers_blocks import BLOCK_MIXINS
 from mergence.families._transformers_releases import as_built
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
+from mergence.program import Program
 from mergence.restoring import restored
 from mergence.state import Carry, Run, attach
-from mergence.step import Program
 from mergence.surgery import original_class
 
 _ADDITIVE = ("sdpa", "eager")

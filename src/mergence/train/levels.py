@@ -15,9 +15,10 @@ from mergence import surgery
 from mergence.api import apply
 from mergence.coarse import share_of, tokens_left
 from mergence.errors import OptionError, ScheduleError, UnsupportedModelError
+from mergence.program import Program, program_of
 from mergence.recipe import Recipe
 from mergence.schedule import Counts, Schedule
-from mergence.step import BlockStep, Program, program_of
+from mergence.step import BlockStep
 from mergence.train.seeding import seed_at
 
 
