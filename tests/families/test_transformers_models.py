@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.utils import compile_regions
 from torch import Tensor, nn
 
 import mergence
@@ -243,6 +244,12 @@ def test_a_foreign_block_is_refused() -> None:
     model = tiny("vit")
     next(m for m in model.modules() if isinstance(m, nn.ModuleList))[2] = OtherLayer()
     with pytest.raises(UnsupportedModelError, match=r"Block 3 .*OtherLayer;.*ViTLayer"):
+        mergence.apply(model, macs=0.67)
+
+
+def test_blocks_that_are_compiled_already_are_refused_with_what_to_do() -> None:
+    model = compile_regions(tiny("vit"), backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"OptimizedModule;.*Apply before torch\.comp"):
         mergence.apply(model, macs=0.67)
 
 

@@ -88,8 +88,10 @@ def require_class(
     found, *bases = qualified_names(original_class(module))
     allowed = (allowed,) if isinstance(allowed, str) else allowed
     if found not in allowed:
-        wrapped = set(bases) & set(allowed)
-        hint = " If fully_shard made it one, apply before that." if wrapped else ""
+        compiled = isinstance(module, torch._dynamo.OptimizedModule)
+        hint = " Apply before torch.compile." if compiled else ""
+        if set(bases) & set(allowed):
+            hint = " If fully_shard made it one, apply before that."
         raise UnsupportedModelError(
             f"{what} is a {found}; mergence restates the forward of {' or '.join(allowed)} and "
             f"would compute something else.{hint} Known: {supported}."
