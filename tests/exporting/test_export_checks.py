@@ -195,3 +195,9 @@ def test_operators_inside_of_functions_are_seen(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "f.onnx")
     with pytest.raises(ExportError, match="NonZero 'the_NonZero'"):
         graph.check(tmp_path / "f.onnx")
+
+
+def test_a_compiled_model_is_refused_with_what_to_pass(tmp_path: Path) -> None:
+    compiled: Any = torch.compile(Sum().eval(), backend="eager")
+    with pytest.raises(OptionError, match="_orig_mod"):
+        mergence.export(compiled, tmp_path / "m.pt2", IMAGES)

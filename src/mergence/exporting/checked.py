@@ -78,6 +78,8 @@ def export(
     """
     path = Path(path).expanduser()
     name, form = format_of(path, to)
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise OptionError("The model is wrapped by torch.compile. Pass its `_orig_mod`.")
     if model.training:
         raise OptionError(
             "The model is in training mode, with dropout and the like. Call model.eval() first."
