@@ -112,15 +112,11 @@ def first_half(
 
 def second_half(block: Any, layout: Layout, x: Tensor) -> Tensor:
     """`forward` of the library's blocks from there on."""
-    z = getattr(block, layout.norms[1])(x)
-    first, *second = (getattr(block, name) for name in layout.mlp)
-    y = first(z)
-    for last in second:
-        added: Tensor = last(y, x)
-        return added
+    first, *last = (getattr(block, name) for name in layout.mlp)
+    y: Tensor = first(getattr(block, layout.norms[1])(x))
     for name in layout.after[1]:
         y = getattr(block, name)(y)
-    out: Tensor = x + y
+    out: Tensor = last[0](y, x) if last else x + y
     return out
 
 
