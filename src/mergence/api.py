@@ -159,14 +159,13 @@ def disabled(model: ModelT) -> Iterator[ModelT]:
     Only the current thread is affected. What is reduced inside of another module (a wrapper, a
     tower of a larger model) runs dense, too; what is not reduced runs as it is.
     """
-    runs = runs_in(model)
-    before = [run.disabled for run in runs]
-    for run in runs:
+    before = {run: run.disabled for run in runs_in(model)}
+    for run in before:
         run.disabled = True
     try:
         yield model
     finally:
-        for run, was in zip(runs, before, strict=True):
+        for run, was in before.items():
             run.disabled = was
 
 

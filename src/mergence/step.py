@@ -28,7 +28,7 @@ class BlockStep:
     _slots: dict[int, int | None] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        self._slots_of(self.program.patches)
+        self.slots(Carry(self.program.patches))
 
     def enter(self, x: Tensor) -> Carry:
         """What is known about the tokens that enter the block.
@@ -55,9 +55,7 @@ class BlockStep:
 
     def slots(self, carry: Carry) -> int | None:
         """How many patch tokens the block leaves, or None where it removes none."""
-        return self._slots_of(int(carry.patches))  # sizes are tensors while torch.jit traces
-
-    def _slots_of(self, patches: int) -> int | None:
+        patches = int(carry.patches)  # sizes are tensors while torch.jit traces
         # Kept, so that blocks that are compiled one by one share what was compiled: code that looks
         # at the index would be made for each.
         if patches not in self._slots:

@@ -76,11 +76,13 @@ def test_the_restated_block_is_bit_identical_in_other_dtypes(kind: Any, dtype: t
     assert torch.equal(second(first(x, bias)[0]), call(x, bias))
 
 
-def test_the_gradients_of_the_restated_block_are_bit_identical(kind: Any) -> None:
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_gradients_of_the_restated_block_are_bit_identical(kind: Any, training: bool) -> None:
     block, call, (first, second) = kind
-    block.eval()
+    block.train(training)
     x, found = torch.randn(4, 11, 48), []
     for run in (call, lambda x: second(first(x, None)[0])):
+        torch.manual_seed(5)
         block.zero_grad()
         run(x).square().sum().backward()
         found.append([p.grad.clone() for p in block.parameters()])

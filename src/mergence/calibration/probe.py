@@ -112,11 +112,11 @@ def _resumed(blocks: Sequence[nn.Module], outputs: Sequence[Any], first: int) ->
 
     Their `forward` is covered on the instance, which every library's way of calling blocks honours.
     """
-    skipped = blocks[: min(first, len(outputs))]
+    skipped = list(zip(blocks[:first], outputs, strict=False))  # outputs may not be remembered
     try:
-        for block, output in zip(skipped, outputs, strict=False):
+        for block, output in skipped:
             block.__dict__["forward"] = lambda *_, _output=output, **__: _output
         yield
     finally:
-        for block in skipped:
+        for block, _ in skipped:
             block.__dict__.pop("forward", None)
