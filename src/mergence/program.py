@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -224,7 +225,7 @@ class Program:
             )
         fine, half = run.readings if norm is None else map(norm, run.readings)
         run.readings = None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             change = coarse.difference(fine, half, run.grid)
             plan, chosen, loss = coarse.plan(change, run.grid, regions)
             # Each patch of a chosen region takes its embedding; their mean has the mean position.
@@ -239,6 +240,14 @@ class Program:
         """How many regions the forward that is under way reads coarsely."""
         reads = self.run.active and not self.run.disabled
         return coarse.regions_in(self.tokens(patches)[0], patches) if reads else 0
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which what is made of a tensor keeps its type.
+
+    The meta device, on which tools find out shapes, knows no autocast.
+    """
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _first_reduction(tokens: tuple[int, ...]) -> int | None:

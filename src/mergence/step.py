@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mergence.errors import ReducedOutputError
 from mergence.importance import attention_from, attention_received
 from mergence.plan import TokenView, most_important
-from mergence.program import Program
+from mergence.program import Program, without_autocast
 from mergence.state import Carry, attach, attached
 
 
@@ -110,7 +110,7 @@ class BlockStep:
         if size is None:
             size = torch.ones(patches.shape[:2], device=x.device)
         # Autocast would turn the merge's output, and so the residual stream, to half precision.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             importance = keys = received = None
             added = row = carry.bias
             if pairs is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -43,3 +44,15 @@ def test_autocast_leaves_the_residual_stream_as_the_dense_model_has_it(
     assert y.dtype == expected
     assert y.isfinite().all()
     assert stream == dense_stream * 2
+
+
+def test_shapes_are_found_out_without_computing(
+    dense: nn.Module, method: str, image: Tensor, output: Any, spec: Any
+) -> None:
+    shape = output(dense, image).shape
+    try:
+        output(copy.deepcopy(dense).to("meta"), image.to("meta"))
+    except RuntimeError:
+        pytest.skip("the library looks at values")
+    mergence.apply(dense, method, keep_rate=0.7, coarse=0.25 if spec(dense).coarse else 0)
+    assert output(dense.to("meta"), image.to("meta")).shape == shape
