@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import mergence
 from mergence.errors import CheckpointError, UnknownNameError, UnsupportedModelError
 from mergence.families._common import randomised
-from mergence.families._transformers import tiny_configuration
+from mergence.families._transformers_tiny import tiny_configuration
 from mergence.families.transformers import FAMILY
 from mergence.models import LoadedModel, load_model
 from mergence.outputs import answer
@@ -118,6 +118,17 @@ def test_what_transformers_cannot_give_is_explained(
         load_model(f"hf:{folder}")
     FAMILY.tiny()["videomae"]().save_pretrained(folder)
     with pytest.raises(UnsupportedModelError, match=r"VideoMAEFor.*takes video;.*mergence\.apply"):
+        load_model(f"hf:{folder}")
+    for cls in ("OwlViTForObjectDetection", "Blip2ForImageTextRetrieval"):
+        config = tiny_configuration(f"{cls.partition('For')[0]}Config")
+        saved(getattr(transformers, cls)(config), folder)
+        with pytest.raises(UnsupportedModelError, match=rf"{cls}, which takes image and text;"):
+            load_model(f"hf:{folder}")
+    transformers.VitPoseImageProcessor().save_pretrained(folder)
+    config = {"backbone_config": FAMILY.tiny()["vitpose_backbone"]().config}
+    pose = transformers.VitPoseForPoseEstimation(transformers.VitPoseConfig(**config))
+    pose.save_pretrained(folder)
+    with pytest.raises(UnsupportedModelError, match=r"VitPoseImageProcessor.*boxes.*mergence\.ap"):
         load_model(f"hf:{folder}")
 
 

@@ -148,15 +148,25 @@ def find(model: nn.Module) -> Family:
     )
 
 
+def release(library: str) -> str | None:
+    """The release of a library that is imported, None where it is not or does not say."""
+    return getattr(sys.modules.get(library), "__version__", None)
+
+
+def is_older(library: str, oldest: str) -> bool:
+    """Whether a library that is imported is of a release before another."""
+    found = release(library)
+    return found is not None and TorchVersion(found) < oldest
+
+
 def _require_release(family: Family, model: nn.Module) -> None:
     """Refuse a model of an older release, whose classes of the same names are built otherwise."""
     known = next(name for name in qualified_names(type(model)) if name in family.models)
     library = known.partition(".")[0]
-    found = getattr(sys.modules.get(library), "__version__", family.oldest)
-    if family.oldest and TorchVersion(found) < family.oldest:
+    if family.oldest and is_older(library, family.oldest):
         raise UnsupportedModelError(
-            f"This {known.rpartition('.')[2]} is of {library} {found}, and mergence reads models "
-            f"of {library} {family.oldest} and newer. Upgrade it: pip install -U "
+            f"This {known.rpartition('.')[2]} is of {library} {release(library)}, and mergence "
+            f"reads models of {library} {family.oldest} and newer. Upgrade it: pip install -U "
             f"'{library}>={family.oldest}'."
         )
 

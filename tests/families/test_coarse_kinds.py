@@ -159,7 +159,7 @@ def test_spectrograms_whose_patches_do_not_overlap_can_be_read_coarsely() -> Non
 def test_masked_patches_beside_coarse_ones_are_refused(image: Tensor) -> None:
     import transformers
 
-    from mergence.families._transformers import tiny_configuration
+    from mergence.families._transformers_tiny import tiny_configuration
 
     model = transformers.ViTModel(tiny_configuration("ViTConfig"), use_mask_token=True)
     mask = torch.ones(3, 36, dtype=torch.bool)
@@ -174,7 +174,7 @@ def test_masked_patches_beside_coarse_ones_are_refused(image: Tensor) -> None:
 def test_transformers_compile_in_one_graph_and_export_with_any_batch(image: Tensor) -> None:
     import transformers
 
-    from mergence.families._transformers import tiny_configuration
+    from mergence.families._transformers_tiny import tiny_configuration
 
     config = tiny_configuration("CLIPVisionConfig", num_hidden_layers=2)
     model = transformers.CLIPVisionModel(config).eval()

@@ -16,7 +16,7 @@ from mergence.calibration import calibrate
 from mergence.data import Batch
 from mergence.errors import UnsupportedModelError
 from mergence.families._common import randomised
-from mergence.families._transformers import tiny_configuration
+from mergence.families._transformers_tiny import tiny_configuration
 from mergence.models import load_model
 from mergence.outputs import answer
 

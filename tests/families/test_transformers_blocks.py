@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from mergence.families._transformers_blocks import first_half, scale_of, second_half
 from mergence.families.transformers import FAMILY
 
-KINDS = ("vit", "deit", "dinov2", "dinov2_reg", "clip", "siglip", "videomae")
+KINDS = (
+    *("vit", "deit", "dinov2", "dinov2_reg", "clip", "siglip", "videomae"),
+    *("owlvit", "blip", "blip2", "vitpose_backbone"),
+)
 RANDOM = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
@@ -39,12 +43,15 @@ def kind(request: pytest.FixtureRequest, kernel: str, fresh: Any) -> tuple[Any, 
     block = type(found)(config)
     block.load_state_dict(found.state_dict())
 
+    takes = signature(block.forward).parameters
+
     def call(x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if layout.split:  # in older releases
-            if bias is not None:
-                pytest.skip("the library's block has no way in for a bias")
-            return block(x)
-        return block(x, bias, None, kernel == "eager")[0] if layout.tuples else block(x, bias)
+        if bias is not None and (layout.split or hasattr(attn, "qkv")):
+            pytest.skip("the library's block has no way in for a bias")
+        masks = {"attention_mask": bias, "causal_attention_mask": None}  # in older releases
+        masks |= {"output_attentions": kernel == "eager" and layout.tuples}
+        y: Any = block(x, **{name: mask for name, mask in masks.items() if name in takes})
+        return y[0] if layout.tuples else y
 
     return block, call, (partial(first_half, block, layout), partial(second_half, block, layout))
 
@@ -94,7 +101,7 @@ def test_a_reduction_gets_the_queries_and_keys_of_the_attention(kind: Any) -> No
     block, call, (first, _) = kind
     block.eval()
     attn: nn.Module = next(
-        m for m in block.modules() if hasattr(m, "q_proj") or hasattr(m, "query")
+        m for m in block.modules() if any(hasattr(m, name) for name in ("q_proj", "query", "qkv"))
     )
     own: list[Tensor] = []
     attn.register_forward_hook(lambda module, x, y: own.append(y[1]))

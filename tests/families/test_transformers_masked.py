@@ -12,7 +12,7 @@ from torch import Tensor
 import mergence
 from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.families._common import randomised
-from mergence.families._transformers import tiny_configuration
+from mergence.families._transformers_tiny import tiny_configuration
 from mergence.families.transformers import FAMILY
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

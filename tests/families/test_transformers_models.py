@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import mergence
 from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.families._common import randomised
-from mergence.families._transformers import tiny_configuration
+from mergence.families._transformers_tiny import tiny_configuration
 from mergence.families.transformers import FAMILY
 from mergence.outputs import answer
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
+import transformers
 from torch import Tensor, nn
 
+import mergence
 from mergence.errors import UnsupportedModelError
 from mergence.families._transformers import CLIP, DINO, SPLIT_VIT, TOWERS, VIT, Tower
 from mergence.families._transformers_releases import SPLIT_DINO, TUPLE_CLIP, as_built
+from mergence.families.transformers import FAMILY
 
 
 class Block(nn.Module):
@@ -81,6 +85,15 @@ def test_names_are_those_that_the_modules_have(
 )
 def test_what_a_release_builds_otherwise_is_refused(cls: str, path: str, block: nn.Module) -> None:
     with pytest.raises(
-        UnsupportedModelError, match=r"not supported as transformers \d.*Upgrade: pip"
+        UnsupportedModelError,
+        match=rf"not supported as transformers {transformers.__version__} .*Upgrade: pip",
     ):
         as_built(entry(cls), tower(path, block))
+
+
+def test_what_was_not_tried_in_a_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip, owl = FAMILY.tiny()["clip"](), FAMILY.tiny()["owlvit"]()
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.4.0")
+    mergence.apply(clip, keep_rate=0.7)
+    with pytest.raises(UnsupportedModelError, match=r"OwlViT.*as transformers 5\.4\.0 builds"):
+        mergence.apply(owl, keep_rate=0.7)

@@ -1,14 +1,14 @@
-"""Names in transformers: architectures, where their parts are, and tiny ones of each kind."""
+"""Names in transformers: architectures, and where their parts are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from mergence.families._common import randomised
+from mergence.family import qualified_names
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Layout:
         mlp: The MLP; in two parts the second adds what came before it.
         split: The attention is a module of queries, keys and values and one of what follows them.
         tuples: The block gives out a tuple.
+        experts: The block is told which expert of its MLP to use, if there are several.
     """
 
     attention: str
@@ -30,6 +31,7 @@ class Layout:
     mlp: tuple[str, ...] = ("mlp",)
     split: bool = False
     tuples: bool = False
+    experts: bool = False
 
 
 VIT = Layout("attention", ("layernorm_before", "layernorm_after"), (("dropout",), ("dropout",)))
@@ -38,6 +40,7 @@ DINO = Layout(
 )
 CLIP = Layout("self_attn", ("layer_norm1", "layer_norm2"), ((), ()))
 SPLIT_VIT = replace(VIT, after=((), ()), mlp=("intermediate", "output"), split=True)
+POSE = replace(SPLIT_VIT, mlp=("mlp",), experts=True)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Tower:
         rotary: Its blocks turn queries and keys by place.
         masks: The name of the argument that makes it leave patches out.
         maps: It makes feature maps of its hidden states.
+        oldest: The first release of which it was tried, where that is not the family's.
     """
 
     block: str
@@ -67,6 +71,7 @@ class Tower:
     rotary: bool = False
     masks: str | None = None
     maps: bool = False
+    oldest: str = "4.57"
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,16 @@ class Container:
     """What a model puts around a tower.
 
     Attributes:
-        tower: The name of the tower in it.
+        towers: The paths of which one is that of the tower in it.
         heads: Linear layers of the image side, for its MACs.
         averages: The head takes the mean of the tower's patch tokens.
+        full: The head, or a decoder of text, reads a token for every patch.
     """
 
-    tower: str
-    heads: tuple[str, ...]
+    towers: tuple[str, ...]
+    heads: tuple[str, ...] = ()
     averages: bool = False
+    full: bool = False
 
 
 def _name(architecture: str, cls: str) -> str:
@@ -107,9 +114,9 @@ def _dino(names: str, **more: Any) -> Tower:
     return Tower(block, attention, DINO, "encoder.layer", _PROJECTION, 1, **more)
 
 
-def _clip(block: str, attention: str, prefix: int = 1, **more: Any) -> Tower:
+def _clip(names: str, layer: str = "EncoderLayer", prefix: int = 1, **more: Any) -> Tower:
     """A tower as CLIP's."""
-    stem = "embeddings.patch_embedding"
+    block, attention, stem = f"{names}{layer}", f"{names}Attention", "embeddings.patch_embedding"
     return Tower(block, attention, CLIP, "encoder.layers", stem, prefix, **more)
 
 
@@ -131,16 +138,28 @@ _VIDEOMAE = Tower(
     0,
     masks="bool_masked_pos",
 )
+_VITPOSE = Tower(
+    "VitPoseBackboneLayer",
+    "VitPoseBackboneAttention",
+    POSE,
+    "encoder.layer",
+    _PROJECTION,
+    0,
+    maps=True,
+    oldest="5.6",
+)
+_DPT = Tower(
+    "DPTViTLayer", "DPTViTAttention", SPLIT_VIT, "encoder.layer", _PROJECTION, 1, oldest="5.6"
+)
 _CLIPS = (
-    ("clip", "CLIP", _clip("CLIPEncoderLayer", "CLIPAttention")),
-    ("metaclip_2", "MetaClip2", _clip("MetaClip2EncoderLayer", "MetaClip2Attention")),
-    ("altclip", "AltCLIP", _clip("AltCLIPEncoderLayer", "AltCLIPAttention")),
-    (
-        "chinese_clip",
-        "ChineseCLIP",
-        _clip("ChineseCLIPVisionLayer", "ChineseCLIPVisionAttention"),
-    ),
-    ("siglip", "Siglip", _clip("SiglipEncoderLayer", "SiglipAttention", prefix=0, head="head")),
+    ("clip", "CLIP", _clip("CLIP")),
+    ("metaclip_2", "MetaClip2", _clip("MetaClip2")),
+    ("altclip", "AltCLIP", _clip("AltCLIP")),
+    ("chinese_clip", "ChineseCLIP", _clip("ChineseCLIPVision", "Layer")),
+    ("siglip", "Siglip", _clip("Siglip", prefix=0, head="head")),
+    ("clipseg", "CLIPSeg", _clip("CLIPSeg", oldest="5.6")),
+    ("owlvit", "OwlViT", _clip("OwlViT", oldest="5.6")),
+    ("owlv2", "Owlv2", _clip("Owlv2", oldest="5.6")),
 )
 _REGISTERS = "dinov2_with_registers"
 
@@ -158,6 +177,11 @@ TOWERS: dict[str, Tower] = {
     _name(_REGISTERS, "Dinov2WithRegistersBackbone"): _dino("Dinov2WithRegisters", maps=True),
     _name("dinov3_vit", "DINOv3ViTModel"): _DINOV3,
     _name("dinov3_vit", "DINOv3ViTBackbone"): replace(_DINOV3, maps=True),
+    _name("vitpose_backbone", "VitPoseBackbone"): _VITPOSE,
+    _name("dpt", "DPTModel"): _DPT,
+    _name("blip", "BlipVisionModel"): _clip("Blip", oldest="5.6"),
+    _name("blip_2", "Blip2VisionModel"): _clip("Blip2", oldest="5.6"),
+    _name("instructblip", "InstructBlipVisionModel"): _clip("InstructBlip", oldest="5.6"),
     **{
         # Before transformers 5.6 the model was a transformer in a module with no more in it.
         _name(architecture, f"{names}{cls}"): tower
@@ -166,13 +190,20 @@ TOWERS: dict[str, Tower] = {
     },
 }
 
-_VISION = Container("vision_model", ())
-_PROJECTED = Container("vision_model", ("visual_projection",))
-_BACKBONE = Container("backbone", ())
+_VISION = Container(("vision_model",))
+_PROJECTED = Container(("vision_model",), ("visual_projection",))
+_BACKBONE = Container(("backbone",))
 
 
 def _classifier(tower: str, averages: bool = False) -> Container:
-    return Container(tower, ("classifier",), averages)
+    return Container((tower,), ("classifier",), averages)
+
+
+def _read(
+    architecture: str, *classes: str, by: tuple[str, ...] = ("vision_model",)
+) -> tuple[list[str], Container]:
+    """Classes that read a token for every patch, of a tower at one of these paths."""
+    return _named(architecture, *classes), Container(by, full=True)
 
 
 _AVERAGED = _classifier("vision_model", averages=True)
@@ -184,7 +215,7 @@ CONTAINERS: dict[str, Container] = {
         (_named("deit", "DeiTForImageClassification"), _classifier("deit")),
         (
             _named("deit", "DeiTForImageClassificationWithTeacher"),
-            Container("deit", ("cls_classifier", "distillation_classifier")),
+            Container(("deit",), ("cls_classifier", "distillation_classifier")),
         ),
         (_named("vit_msn", "ViTMSNForImageClassification"), _classifier("vit")),
         (_named("ijepa", "IJepaForImageClassification"), _classifier("ijepa", averages=True)),
@@ -207,6 +238,9 @@ CONTAINERS: dict[str, Container] = {
         (_named("metaclip_2", "MetaClip2ForImageClassification"), _AVERAGED),
         (_named("altclip", "AltCLIPModel"), _PROJECTED),
         (_named("chinese_clip", "ChineseCLIPModel"), _PROJECTED),
+        (_named("clipseg", "CLIPSegModel"), _PROJECTED),
+        (_named("owlvit", "OwlViTModel"), _PROJECTED),
+        (_named("owlv2", "Owlv2Model"), _PROJECTED),
         (_named("siglip", "SiglipModel"), _VISION),
         *(
             (_named(architecture, f"{names}VisionModel"), _VISION)
@@ -215,9 +249,37 @@ CONTAINERS: dict[str, Container] = {
         (_named("siglip", "SiglipForImageClassification"), _AVERAGED),
         (_named("depth_anything", "DepthAnythingForDepthEstimation"), _BACKBONE),
         (_named("prompt_depth_anything", "PromptDepthAnythingForDepthEstimation"), _BACKBONE),
+        (_named("vitpose", "VitPoseForPoseEstimation"), _BACKBONE),
+        _read("dpt", "DPTForDepthEstimation", "DPTForSemanticSegmentation", by=("dpt", "backbone")),
+        _read("clipseg", "CLIPSegForImageSegmentation", by=("clip.vision_model",)),
+        _read("owlvit", "OwlViTForObjectDetection", by=("owlvit.vision_model",)),
+        _read("owlv2", "Owlv2ForObjectDetection", by=("owlv2.vision_model",)),
+        _read(
+            "blip",
+            "BlipForConditionalGeneration",
+            "BlipForQuestionAnswering",
+            "BlipForImageTextRetrieval",
+        ),
+        _read(
+            "blip_2",
+            "Blip2Model",
+            "Blip2VisionModelWithProjection",
+            "Blip2ForConditionalGeneration",
+            "Blip2ForImageTextRetrieval",
+        ),
+        _read("instructblip", "InstructBlipModel", "InstructBlipForConditionalGeneration"),
+        _read("vision_encoder_decoder", "VisionEncoderDecoderModel", by=("encoder",)),
     )
     for name in names
 }
+
+
+EntryT = TypeVar("EntryT")
+
+
+def entry(table: Mapping[str, EntryT], model: nn.Module) -> EntryT | None:
+    """What a table says of a model's class, None where it says nothing."""
+    return next((table[name] for name in qualified_names(type(model)) if name in table), None)
 
 
 _RECONSTRUCTS = "it reconstructs every patch, and merged patches have no tokens of their own"
@@ -247,109 +309,3 @@ REFUSED: dict[str, str] = {
     )
     for name in names
 }
-
-
-_TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "vit": ("ViTForImageClassification", "ViTConfig", {}),
-    "vit_pooler": ("ViTModel", "ViTConfig", {}),
-    "deit": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", {}),
-    "dinov2": (
-        "Dinov2ForImageClassification",
-        "Dinov2Config",
-        {"mlp_ratio": 4, "layerscale_value": 0.3},
-    ),
-    "dinov2_reg": (
-        "Dinov2WithRegistersForImageClassification",
-        "Dinov2WithRegistersConfig",
-        {"mlp_ratio": 4, "layerscale_value": 0.3, "use_swiglu_ffn": True},
-    ),
-    "dinov3": (
-        "DINOv3ViTModel",
-        "DINOv3ViTConfig",
-        {
-            "num_register_tokens": 4,
-            "layerscale_value": 0.3,
-            "use_gated_mlp": True,
-            "pos_embed_rescale": None,  # else training is random
-        },
-    ),
-    "dinov2_backbone": (
-        "Dinov2Backbone",
-        "Dinov2Config",
-        {"mlp_ratio": 4, "layerscale_value": 0.3, "out_indices": [1, 2, 6]},
-    ),
-    "dinov3_backbone": (
-        "DINOv3ViTBackbone",
-        "DINOv3ViTConfig",
-        {
-            "num_register_tokens": 4,
-            "layerscale_value": 0.3,
-            "out_indices": [1, 2, 6],
-            "pos_embed_rescale": None,
-        },
-    ),
-    "vit_msn": ("ViTMSNForImageClassification", "ViTMSNConfig", {}),
-    "ijepa": ("IJepaForImageClassification", "IJepaConfig", {}),
-    "clip": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {"projection_dim": 24}),
-    "metaclip2": (
-        "MetaClip2VisionModelWithProjection",
-        "MetaClip2VisionConfig",
-        {"projection_dim": 24},
-    ),
-    "metaclip2_classifier": ("MetaClip2ForImageClassification", "MetaClip2Config", {}),
-    "altclip": ("AltCLIPVisionModel", "AltCLIPVisionConfig", {}),
-    "chinese_clip": ("ChineseCLIPVisionModel", "ChineseCLIPVisionConfig", {}),
-    "clip_classifier": ("CLIPForImageClassification", "CLIPConfig", {}),
-    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", {}),
-    "siglip_classifier": ("SiglipForImageClassification", "SiglipConfig", {}),
-    "videomae": (
-        "VideoMAEForVideoClassification",
-        "VideoMAEConfig",
-        {"num_frames": 8, "patch_size": 32},
-    ),
-}
-
-
-def tiny_configuration(config: str, **options: Any) -> Any:
-    """A configuration for six blocks of width 48 and 36 patches of an image of 96 x 96 pixels.
-
-    Args:
-        config: The name of the configuration's class.
-        **options: What else it holds.
-    """
-    import transformers
-
-    size = {
-        "hidden_size": 48,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 3,
-        "image_size": 96,
-        "patch_size": 16,
-    }
-    if not config.startswith("Dinov2"):
-        size["intermediate_size"] = 192
-    if "text_config" in getattr(transformers, config).sub_configs:
-        text = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3}
-        text["project_dim"] = 48  # AltCLIP's
-        options |= {
-            "vision_config": size,
-            "text_config": text | {"intermediate_size": 96, "vocab_size": 64},
-        }
-        options.setdefault("num_labels", 5)
-        return getattr(transformers, config)(**options)
-    return getattr(transformers, config)(**(size | {"num_labels": 5} | options))
-
-
-def tiny_models() -> Mapping[str, Callable[[], nn.Module]]:
-    """Builders of tiny random models, one for each kind."""
-
-    def builder(cls: str, config: str, options: dict[str, Any]) -> Callable[[], nn.Module]:
-        def build() -> nn.Module:
-            import transformers
-
-            model: nn.Module = getattr(transformers, cls)(tiny_configuration(config, **options))
-            return randomised(model).eval()
-
-        return build
-
-    return {name: builder(*kind) for name, kind in _TINY.items()}

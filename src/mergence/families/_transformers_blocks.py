@@ -6,21 +6,23 @@ Written against transformers 5.23; 4.57 is the oldest of which the tests pass.
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mergence import ops
 from mergence.families._common import reduced_forward, refuse_mask
-from mergence.families._transformers import CLIP, DINO, SPLIT_VIT, VIT, Layout
+from mergence.families._transformers import CLIP, DINO, POSE, SPLIT_VIT, VIT, Layout
 from mergence.families._transformers_releases import SPLIT_DINO, TUPLE_CLIP
 from mergence.state import Carry
 from mergence.step import BlockStep
 
 # Under which names the library hands masks to its blocks.
 _MASKS = ("attention_mask", "head_mask", "causal_attention_mask")
+# What attentions call their last projection.
+_OUT = ("o_proj", "out_proj", "projection")
 
 
 def attention(
@@ -32,17 +34,20 @@ def attention(
         The attention's output `[B, N, C]`, its queries and its keys `[B, H, N, D]`.
     """
     shape = (*x.shape[:-1], -1, attn.head_dim)
-    q, k, v = (
-        project(x).view(shape).transpose(1, 2)
-        for project in (attn.q_proj, attn.k_proj, attn.v_proj)
-    )
+    if hasattr(attn, "qkv"):
+        q, k, v = (y.view(shape).transpose(1, 2) for y in attn.qkv(x).chunk(3, dim=-1))
+    else:
+        q, k, v = (
+            project(x).view(shape).transpose(1, 2)
+            for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
     if position_embeddings is not None:
         home = sys.modules[type(attn).__module__]
         q, k = home.apply_rotary_pos_emb(q, k, *position_embeddings)
     dropout = attn.attention_dropout if hasattr(attn, "attention_dropout") else attn.dropout
-    y = _attend(attn, q, k, v, bias, dropout, **options)
-    out = attn.o_proj if hasattr(attn, "o_proj") else attn.out_proj
-    return out(y), q, k
+    y = _attend(attn, q, k, v, bias, getattr(dropout, "p", dropout), **options)
+    project = next(getattr(attn, name) for name in _OUT if hasattr(attn, name))
+    return project(y), q, k
 
 
 def split_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,15 +83,34 @@ def _attend(
     """
     dropout, kernel = dropout if attn.training else 0.0, attn.config._attn_implementation
     standard = scale_of(attn) == q.shape[3] ** -0.5
-    if bias is not None and standard and (fused or kernel == "sdpa"):
-        return ops.attend(q, k, v, bias, dropout).transpose(1, 2).flatten(2)
     home = sys.modules[type(attn).__module__]
-    # `get_interface` is newer than the oldest release.
-    attend = (
-        home.eager_attention_forward if kernel == "eager" else home.ALL_ATTENTION_FUNCTIONS[kernel]
-    )
+    # BLIP has no other way than to write it out, and so none of its own to take a bias.
+    eager = getattr(home, "eager_attention_forward", None)
+    if bias is not None and standard and (fused or eager is None or kernel == "sdpa"):
+        return ops.attend(q, k, v, bias, dropout).transpose(1, 2).flatten(2)
+    if eager is None:
+        attend = _written_out
+    else:  # `get_interface` is newer than the oldest release
+        attend = eager if kernel == "eager" else home.ALL_ATTENTION_FUNCTIONS[kernel]
     y: Tensor = attend(attn, q, k, v, bias, dropout=dropout, scaling=scale_of(attn), **options)[0]
     return y.reshape(*y.shape[:2], -1).contiguous()
+
+
+def _written_out(
+    attn: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float,
+    **options: Any,
+) -> tuple[Tensor]:
+    """The product, as attentions write it out that have no function for it."""
+    logits = torch.matmul(q, k.transpose(-1, -2)) * scaling
+    shares = F.dropout((logits if bias is None else logits + bias).softmax(dim=-1), dropout)
+    return (torch.matmul(shares, v).transpose(1, 2),)
 
 
 def scale_of(attn: Any) -> float:
@@ -110,10 +134,11 @@ def first_half(
     return x + y, q, k
 
 
-def second_half(block: Any, layout: Layout, x: Tensor) -> Tensor:
+def second_half(block: Any, layout: Layout, x: Tensor, *expert: Tensor | None) -> Tensor:
     """`forward` of the library's blocks from there on."""
     first, *last = (getattr(block, name) for name in layout.mlp)
-    y: Tensor = first(getattr(block, layout.norms[1])(x))
+    expert = expert if layout.experts and block.num_experts > 1 else ()
+    y: Tensor = first(getattr(block, layout.norms[1])(x), *expert)
     for name in layout.after[1]:
         y = getattr(block, name)(y)
     out: Tensor = last[0](y, x) if last else x + y
@@ -131,16 +156,17 @@ class ReducedBlock:
         dense: Any = super(ReducedBlock, self)
         if step.program.run.disabled:
             return dense.forward(hidden_states, *masks, **options)
+        layout = self._mergence_layout
+        expert, masks = (masks, ()) if layout.experts else ((), masks)
         named = {name: options.pop(name) for name in _MASKS if name in options}
         # While a graph is recorded, the library writes out a mask that hides nothing.
         tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         if not torch.compiler.is_compiling() and not tracing:
             refuse_mask(*masks, *named.values())
-        layout = self._mergence_layout
         masks, named = (None,) * len(masks), dict.fromkeys(named)
 
         def whole(x: Tensor) -> Tensor:
-            found = dense.forward(x, *masks, **named, **options)
+            found = dense.forward(x, *expert, *masks, **named, **options)
             y: Tensor = found[0] if layout.tuples else found
             return y
 
@@ -157,7 +183,7 @@ class ReducedBlock:
             hidden_states,
             whole,
             lambda x, known: first_half(self, layout, x, known.bias, **placed(known)),
-            partial(second_half, self, layout),
+            lambda x: second_half(self, layout, x, *expert),
             scale_of(getattr(self, layout.attention)),
         )
         return (y,) if layout.tuples else y
@@ -187,6 +213,12 @@ class ReducedSplitViTBlock(ReducedBlock):
     _mergence_layout = SPLIT_VIT
 
 
+class ReducedPoseBlock(ReducedBlock):
+    """Mixed into the blocks of ViTPose."""
+
+    _mergence_layout = POSE
+
+
 class ReducedSplitDinoBlock(ReducedBlock):
     """Mixed into the blocks of DINOv2 before transformers 5.18."""
 
@@ -206,6 +238,7 @@ BLOCK_MIXINS: dict[Layout, type] = {
         ReducedDinoBlock,
         ReducedClipBlock,
         ReducedSplitViTBlock,
+        ReducedPoseBlock,
         ReducedSplitDinoBlock,
         ReducedTupleClipBlock,
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from mergence.errors import UnsupportedModelError
 from mergence.families._transformers import CLIP, DINO, SPLIT_VIT, VIT, Tower
+from mergence.family import is_older, release
 from mergence.surgery import original_class
 
 SPLIT_DINO = replace(DINO, split=True)
@@ -36,11 +37,10 @@ def as_built(kind: Tower, tower: Any) -> Tower:
     elif "output_attentions" in signature(original_class(block).forward).parameters:
         layout = replace(layout, tuples=True)
     # Maps are made whole in the parent of the blocks; VideoMAE's biases were beside its layers.
-    if (kind.maps and "." not in kind.blocks) or hasattr(first, "q_bias"):
-        import transformers
-
+    unlike = (kind.maps and "." not in kind.blocks) or hasattr(first, "q_bias")
+    if unlike or is_older("transformers", kind.oldest):
         raise UnsupportedModelError(
             f"A {original_class(tower).__name__} is not supported as transformers "
-            f"{transformers.__version__} builds it. Upgrade: pip install -U 'transformers>=5.6'."
+            f"{release('transformers')} builds it. Upgrade: pip install -U 'transformers>=5.6'."
         )
     return replace(kind, layout=layout)

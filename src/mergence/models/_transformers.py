@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,9 @@ def named(name: str, checkpoint: Path | None) -> Built:
             f"{cls.__name__} ({missing[0]}, ...), which would stay random. Use a checkpoint that "
             "was saved from this class."
         )
-    channels = (getattr(model.config, "backbone_config", None) or model.config).num_channels
+    # Those of BLIP do not say it.
+    config = getattr(model.config, "backbone_config", None) or model.config
+    channels = getattr(config, "num_channels", 3)
     if channels != 3:
         raise UnsupportedModelError(
             f"'hf:{name}' takes images of {channels} channels. Use one with 3 (RGB)."
@@ -83,12 +86,16 @@ def _class(name: str, config: Any) -> Any:
             f"'hf:{name}' was saved from the class {saved}. Known: {family.supported}."
         )
     cls = getattr(transformers, _TOWERS.get(saved, saved))
-    # transformers 4 does not say; what it has for other than images is refused elsewhere.
-    if "image" not in (takes := getattr(cls, "input_modalities", "image")):
-        takes = takes if isinstance(takes, str) else " and ".join(takes)
+    # transformers 4 does not say, and not all of 5 say of text.
+    said = getattr(cls, "input_modalities", "image")
+    takes = {said} if isinstance(said, str) else set(said)
+    if signature(cls.forward).parameters.keys() & {"input_ids", "decoder_input_ids"}:
+        takes.add("text")
+    if takes != {"image"}:
         raise UnsupportedModelError(
-            f"'hf:{name}' was saved from the class {saved}, which takes {takes}; what is loaded by "
-            "name takes images. Load it in Python and use mergence.apply."
+            f"'hf:{name}' was saved from the class {saved}, which takes "
+            f"{' and '.join(sorted(takes))}; what is loaded by name takes images alone. Load it in "
+            "Python and use mergence.apply."
         )
     return cls
 
@@ -106,7 +113,13 @@ def _describe(model: Any, spec: str, *, processor: Any) -> LoadedModel:
 
     config = model.config
     transform = partial(_pixels, processor=processor)
-    channels, height, width = transform(new("RGB", (256, 256))).shape
+    try:
+        channels, height, width = transform(new("RGB", (256, 256))).shape
+    except Exception as error:  # as that of poses, which are looked for in boxes
+        raise UnsupportedModelError(
+            f"The image processor of '{spec}', a {type(processor).__name__}, makes no input of an "
+            f"image alone: {first_line(error)} Load the model in Python and use mergence.apply."
+        ) from error
     classifies = "ForImageClassification" in type(model).__name__
     names = [str(config.id2label[i]) for i in range(config.num_labels)] if classifies else []
     said = any(label != f"LABEL_{i}" for i, label in enumerate(names))

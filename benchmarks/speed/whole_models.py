@@ -1,0 +1,154 @@
+"""Whole models of transformers, and the towers in them alone, dense and reduced, in turns.
+
+    python benchmarks/speed/whole_models.py --threads 2
+    python benchmarks/speed/whole_models.py owlv2 blip --dtype bfloat16
+
+Models have the sizes of a known checkpoint and random weights. The share of the MACs is that of the
+tower; what reads its tokens comes on top, dense and reduced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import mergence
+from mergence.benchmark import take_turns
+
+TOKENS = 20
+"""Words that a model writes, each the likeliest."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model around a tower.
+
+    Attributes:
+        like: The checkpoint that it is as large as.
+        build: Makes it, with random weights.
+        tower: The path of its tower.
+        size: Height and width of its images.
+        call: What is timed.
+    """
+
+    like: str
+    build: Callable[[], Any]
+    tower: str
+    size: tuple[int, int]
+    call: Callable[[Any, Tensor], Any] = lambda model, images: model(images)
+
+
+def depth_anything() -> Any:
+    """Depth on DINOv2."""
+    backbone = {
+        "model_type": "dinov2",
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "image_size": 518,
+        "patch_size": 14,
+        "out_indices": [3, 6, 9, 12],
+        "reshape_hidden_states": False,
+        "apply_layernorm": True,
+    }
+    config = transformers.DepthAnythingConfig(backbone_config=backbone)
+    return transformers.DepthAnythingForDepthEstimation(config)
+
+
+def owlv2() -> Any:
+    """Detection by words."""
+    config = transformers.Owlv2Config(vision_config={"image_size": 960, "patch_size": 16})
+    return transformers.Owlv2ForObjectDetection(config)
+
+
+def blip() -> Any:
+    """Captions."""
+    return transformers.BlipForConditionalGeneration(transformers.BlipConfig())
+
+
+def vitpose() -> Any:
+    """Poses, in crops of one person."""
+    backbone = transformers.VitPoseBackboneConfig(out_indices=[12])
+    config = transformers.VitPoseConfig(backbone_config=backbone, num_labels=17)
+    return transformers.VitPoseForPoseEstimation(config)
+
+
+def trocr() -> Any:
+    """Lines of text."""
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(image_size=384), transformers.TrOCRConfig()
+    )
+    return transformers.VisionEncoderDecoderModel(config)
+
+
+def detected(model: Any, images: Tensor) -> Any:
+    """Boxes for two phrases."""
+    words = torch.ones(2 * len(images), 16, dtype=torch.long, device=images.device)
+    return model(words, images)
+
+
+def written(model: Any, images: Tensor) -> Any:
+    """`TOKENS` words."""
+    length = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+    start = {"decoder_start_token_id": 2} if hasattr(model, "encoder") else {}
+    return model.generate(pixel_values=images, do_sample=False, **length, **start)
+
+
+MODELS = {
+    "depth-anything": Whole("Depth-Anything-V2-Small", depth_anything, "backbone", (518, 518)),
+    "owlv2": Whole("owlv2-base-patch16", owlv2, "owlv2.vision_model", (960, 960), detected),
+    "blip": Whole("blip-image-captioning-base", blip, "vision_model", (384, 384), written),
+    "vitpose": Whole("vitpose-base", vitpose, "backbone", (256, 192)),
+    "trocr": Whole("trocr-base", trocr, "encoder", (384, 384), written),
+}
+
+
+def measure(whole: Whole, arguments: argparse.Namespace) -> None:
+    """Time one of them and print."""
+    torch.manual_seed(0)
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    dense = whole.build().eval().to(device, dtype)
+    images = torch.randn(arguments.batch_size, 3, *whole.size, device=device, dtype=dtype)
+    models = {"dense": dense}
+    for share in arguments.macs:
+        models[f"{share:g}"] = mergence.apply(deepcopy(dense), macs=share)
+    towers = {name: model.get_submodule(whole.tower) for name, model in models.items()}
+    for part, calls in (
+        ("whole", {name: partial(whole.call, model) for name, model in models.items()}),
+        ("tower", towers),
+    ):
+        with torch.inference_mode():
+            times = take_turns(calls, images, arguments.seconds, rounds=5)
+        middle = {name: statistics.median(found) for name, found in times.items()}
+        for name, ms in middle.items():
+            faster = middle["dense"] / ms
+            print(f"{whole.like:26} {part} {name:6} {ms:8.1f} ms   {faster:5.2f} times as fast")
+
+
+def main() -> None:
+    """Time and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", choices=[[], *MODELS], default=[])
+    parser.add_argument("--macs", type=float, nargs="*", default=[0.67, 0.5])
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=20.0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for name in arguments.models or MODELS:
+        measure(MODELS[name], arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""What is mixed into transformers' towers, their parts, and the models around them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mergence.errors import ReducedOutputError
+from mergence.families._common import refuse_mask
+from mergence.families._transformers import TOWERS, entry
+from mergence.program import Program
+from mergence.restoring import restored
+from mergence.state import Carry, Run, attach
+
+_ADDITIVE = ("sdpa", "eager")
+
+
+class ReducedTower:
+    """Mixed into towers."""
+
+    _mergence_full: ClassVar[bool] = False
+
+    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
+        """The tower's forward, as one run."""
+        dense: Any = super(ReducedTower, self)
+        program: Program = self._mergence
+        run = program.run
+        image = _image(inputs, options)
+        if run.disabled or image is None:  # without an image the library says what is missing
+            return dense.forward(*inputs, **options)
+        refuse_mask(options.get("attention_mask"))
+        require_additive(self.config, ReducedOutputError)
+        asked = options.get("output_attentions")
+        if self.config.output_attentions if asked is None else asked:
+            raise ReducedOutputError(
+                "output_attentions of a reduced model would have to return maps between the "
+                "original tokens, which are merged on the way. Leave it out, follow patches with "
+                "mergence.trace(model, images), or use mergence.disabled(model)."
+            )
+        rows, columns = grid_of(self.config, image.shape)
+        program.tokens(rows * columns)  # refuses a size at which the schedule cannot be followed
+        with run.forward((rows, columns)):
+            outputs = dense.forward(*inputs, **options)
+            if not isinstance(outputs[0], Tensor):
+                return outputs  # a backbone's maps, made of what ReducedStack gave out
+            known = run.known()
+            if self._mergence_full:
+                return _every_patch(outputs, known, program.prefix)
+            if not run.averaged or known is None or known.size is None:
+                attach(outputs[0], known)
+                return outputs
+            weighted = _times_size(outputs[0], known.size)
+        if isinstance(outputs, tuple):
+            return weighted, *outputs[1:]
+        outputs.last_hidden_state = weighted
+        return outputs
+
+
+class ReducedFullTower(ReducedTower):
+    """Mixed into towers around which a model reads a token for every patch."""
+
+    _mergence_full = True
+
+
+class ReducedMaskingTower(ReducedTower):
+    """Mixed into towers that can leave patches out: the encoders of masked autoencoders."""
+
+    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
+        """The tower's forward on all patches, in raster order."""
+        image = _image(inputs, options)
+        if self._mergence.run.disabled or image is None:
+            return super().forward(*inputs, **options)
+        kind: Any = entry(TOWERS, self)
+        masks: str = kind.masks
+        if len(inputs) > 1 or options.get(masks) is not None:
+            raise ReducedOutputError(
+                f"A reduced {type(self).__name__} was given `{masks}`, which leaves patches out or "
+                "puts them in another order. Call it with the images alone, or use "
+                "mergence.disabled(model)."
+            )
+        require_all_patches(self.config, ReducedOutputError)
+        if masks == "noise":
+            # The library would shuffle the patches even where it drops none; this is its own way
+            # to leave them where they are.
+            patches = math.prod(grid_of(self.config, image.shape))
+            options["noise"] = torch.arange(patches, device=image.device).expand(len(image), -1)
+        return super().forward(*inputs, **options)
+
+
+class ReducedStack:
+    """Mixed into the blocks' common parent in backbones, which make maps of what it gives out."""
+
+    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
+        """The blocks' forward, in which tokens that become maps are there for every patch again."""
+        dense: Any = super(ReducedStack, self)
+        program: Program = self._mergence
+        outputs = dense.forward(*inputs, **options)
+        known = program.run.known()
+        if program.run.disabled or known is None:
+            return outputs
+        stages = self.config.stage_names
+        wanted = {*self.config.out_features, stages[-1]}
+
+        outputs.hidden_states = tuple(
+            _every_patch(tokens, known, program.prefix) if stages[index] in wanted else tokens
+            for index, tokens in enumerate(outputs.hidden_states)
+        )
+        return outputs
+
+
+class ReducedEmbeddings:
+    """Mixed into the embeddings of towers that can read patches coarsely."""
+
+    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
+        """The embeddings' forward, after which the patches that are read coarsely have joined."""
+        dense: Any = super(ReducedEmbeddings, self)
+        program: Program = self._mergence
+        y = dense.forward(*inputs, **options)
+        if program.run.readings is not None and options.get("bool_masked_pos") is not None:
+            raise ReducedOutputError(
+                "A model that reads patches coarsely was given `bool_masked_pos`, and a region has "
+                "no token of its own that could be masked. Apply with coarse=0, or use "
+                "mergence.disabled(model)."
+            )
+        if isinstance(y, Tensor):
+            return program.coarsened(y)
+        y.last_hidden_states = program.coarsened(y.last_hidden_states)  # DPT's
+        return y
+
+
+class ReducedHead:
+    """Mixed into SigLIP's attention pooling."""
+
+    def forward(self: Any, hidden_state: Tensor) -> Tensor:
+        """The head's forward, in which a merged token counts as often as the patches in it."""
+        dense: Any = super(ReducedHead, self)
+        program: Program = self._mergence
+        run = program.run
+        known = run.known() if run.active else None
+        if not run.disabled and known is None and hidden_state.shape[1] != program.patches:
+            raise ReducedOutputError(
+                f"The head was called by itself, with {hidden_state.shape[1]} tokens whose sizes "
+                "are not known. Call the whole model, or use mergence.disabled(model)."
+            )
+        if run.disabled or known is None or known.size is None:
+            y: Tensor = dense.forward(hidden_state)
+            return y
+        batch = hidden_state.shape[0]
+        probe = self.probe.repeat(batch, 1, 1)
+        bias = known.size.log().to(hidden_state.dtype)
+        pooled = self.attention(
+            probe, hidden_state, hidden_state, key_padding_mask=bias, need_weights=False
+        )[0]
+        y = pooled + self.mlp(self.layernorm(pooled))
+        return y[:, 0]
+
+
+class ReducedContainer:
+    """Mixed into models around a tower whose heads read the class token or what it pooled."""
+
+
+class AveragingContainer:
+    """Mixed into classifiers whose heads take the mean of the tower's patch tokens."""
+
+    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
+        """The model's forward, in which the tower gives its tokens out times their sizes."""
+        dense: Any = super(AveragingContainer, self)
+        run: Run = self._mergence.run
+        with run.averaging():
+            return dense.forward(*inputs, **options)
+
+
+def _image(inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The image that a tower was called with, None without one."""
+    # Not by `main_input_name`, which older releases do not say of every tower.
+    return inputs[0] if inputs else options.get("pixel_values", options.get("input_values"))
+
+
+def _every_patch(found: Any, known: Carry | None, prefix: int) -> Any:
+    """What a tower gives out, with its token's value for every patch wherever there are tokens."""
+    if isinstance(found, tuple):
+        return tuple(_every_patch(one, known, prefix) for one in found)
+    if isinstance(found, Tensor):
+        if known is None or found.ndim != 3:  # pooled
+            return found
+        tokens = restored(found, known, prefix=prefix)
+        attach(tokens, Carry(patches=known.patches, grid=known.grid))
+        return tokens
+    for name in list(found or ()):
+        found[name] = _every_patch(found[name], known, prefix)
+    return found
+
+
+def _times_size(x: Tensor, size: Tensor) -> Tensor:
+    """Tokens `[B, P + N, C]` of which the plain mean over the patch tokens is by size."""
+    factor = size * (size.shape[1] / size.sum(dim=1, keepdim=True))
+    prefix = x.shape[1] - size.shape[1]
+    return x * F.pad(factor, (prefix, 0), value=1.0).to(x.dtype).unsqueeze(2)
+
+
+def grid_of(config: Any, shape: Any) -> tuple[int, int]:
+    """Patch rows and columns of inputs of a shape; a video's frames lie below each other."""
+    if hasattr(config, "num_mel_bins"):  # spectrograms, all of one size, whose patches overlap
+        side = config.patch_size
+        return (
+            (config.num_mel_bins - side) // config.frequency_stride + 1,
+            (config.max_length - side) // config.time_stride + 1,
+        )
+    (height, width), (rows, columns) = shape[-2:], _pair(config.patch_size)
+    frames = shape[-4] // config.tubelet_size if hasattr(config, "tubelet_size") else 1
+    return frames * (height // rows), width // columns
+
+
+def input_shape(config: Any) -> tuple[int, ...]:
+    """The shape of one input of a model's own size."""
+    if hasattr(config, "num_mel_bins"):
+        return config.max_length, config.num_mel_bins
+    # Those of BLIP do not say it.
+    image = (getattr(config, "num_channels", 3), *_pair(config.image_size))
+    return (config.num_frames, *image) if hasattr(config, "num_frames") else image
+
+
+def _pair(side: Any) -> tuple[int, int]:
+    rows, columns = side if isinstance(side, (list, tuple)) else (side, side)
+    return rows, columns
+
+
+def require_all_patches(config: Any, error: type[Exception]) -> None:
+    if getattr(config, "mask_ratio", 0):
+        raise error(
+            f"The model drops {config.mask_ratio:.0%} of the patches at random "
+            f"(mask_ratio={config.mask_ratio:g}). Set model.config.mask_ratio = 0.0, or load "
+            "the checkpoint with mask_ratio=0.0, to encode whole images."
+        )
+
+
+def require_additive(config: Any, error: type[Exception]) -> None:
+    if config._attn_implementation not in _ADDITIVE:
+        raise error(
+            f"The model's attention is '{config._attn_implementation}', which does not take the "
+            "sizes of merged tokens. Use model.set_attn_implementation('sdpa')."
+        )
