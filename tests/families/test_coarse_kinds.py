@@ -21,8 +21,9 @@ CANNOT = [
     "transformers-dinov3",
     "transformers-dinov3_backbone",
     "transformers-videomae",
+    "transformers-vitpose_backbone",
 ]
-"""Kinds whose places turn queries and keys or give a bias for every pair, videos, and NaFlex."""
+"""Those whose places turn queries and keys or bias pairs, videos, padded images, and NaFlex."""
 KINDS = [
     f"{name}-{kind}"
     for name in ("open_clip", "timm", "torchvision", "transformers")

@@ -16,13 +16,15 @@ import mergence
 from mergence import family
 from mergence.outputs import answer
 
-# Equal patches are told apart by rotation or by a bias for pairs of places; a video has two frames.
+# Equal patches are told apart by rotation, by a bias for pairs of places or by what pads the image;
+# a video has two frames.
 APART = (
     "timm_eva",
     "timm_beit",
     "timm_naflex-rope",
     "transformers-dinov3",
     "transformers-videomae",
+    "transformers-vitpose_backbone",
 )
 ONE_KERNEL = ("open_clip", "torchvision")
 FAST = {f"{f.name}-{next(iter(f.tiny()))}" for f in family.registry().values()}
