@@ -85,6 +85,8 @@ def main() -> None:
             continue
         modes = [mode for mode in case.modes if mode in (arguments.modes or case.modes)]
         for dtype in case.dtypes:
+            if arguments.dtypes and str(dtype).removeprefix("torch.") not in arguments.dtypes:
+                continue
             if emulated(device, dtype):
                 name = str(dtype).removeprefix("torch.")
                 result["left_out"].append(f"{case.model}, {name}: emulated on this device")
@@ -133,6 +135,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="*", help="only these models of the suite")
     parser.add_argument("--modes", nargs="*", help="only these modes of the suite")
+    parser.add_argument("--dtypes", nargs="*", help="only these types of the suite")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="others than these")
     parser.add_argument("--align", type=int, help="token counts in multiples of this")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each setting, or longer")

@@ -10,7 +10,15 @@ import timm
 import torch
 from torch import nn
 
+from mergence.ops import products
+
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2, "img_size": 64, "patch_size": 16}
+
+
+@pytest.fixture
+def torchs_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own attention also with sizes in bfloat16; products round otherwise."""
+    monkeypatch.setattr(products, "VECTORS", False)
 
 
 @pytest.fixture(scope="session")

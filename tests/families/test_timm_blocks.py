@@ -62,6 +62,7 @@ def test_the_restated_block_is_bit_identical(
     assert not biased or not torch.equal(block.eval()(x), block(x, attn_mask=bias))
 
 
+@pytest.mark.usefixtures("torchs_attention")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_the_restated_block_is_bit_identical_in_other_dtypes(
     block: Any, fused: bool, dtype: torch.dtype

@@ -75,6 +75,7 @@ def test_the_restated_block_is_bit_identical(kind: Any, biased: bool, training: 
     assert not biased or not torch.equal(call(x), call(x, bias))
 
 
+@pytest.mark.usefixtures("torchs_attention")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_the_restated_block_is_bit_identical_in_other_dtypes(kind: Any, dtype: torch.dtype) -> None:
     block, call, (first, second) = kind

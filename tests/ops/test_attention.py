@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from mergence.ops import dense, fused
+from mergence import ops
+from mergence.ops import cpu, dense, fused, products
 
+CPU = torch.device("cpu")
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 # batch, heads, tokens, head dim
@@ -102,3 +107,99 @@ def test_a_row_whose_gradient_is_wanted_has_one(place: torch.device) -> None:
     row[..., 0].sum().backward()
     assert q.grad is None
     assert row.requires_grad
+
+
+@given(
+    shape=st.tuples(
+        st.integers(1, 3), st.integers(1, 4), st.integers(1, 40), st.sampled_from([8, 24, 64])
+    ),
+    at_a_time=st.sampled_from([1, 3000, products.AT_A_TIME]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_products_are_the_whole_map_however_many_heads_are_computed_at_a_time(
+    shape: tuple[int, int, int, int], at_a_time: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    q, k, v = packed(shape, torch.bfloat16, CPU)
+    bias = sizes(shape[0], shape[2], torch.bfloat16, CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "AT_A_TIME", at_a_time)
+        y = products.attend(q, k, v, bias)
+    assert (y.shape, y.dtype) == (q.shape, torch.bfloat16)
+    assert relative(y, whole_map(q, k, bias) @ v.double()) < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [577, pytest.param(1370, marks=pytest.mark.slow)])
+def test_products_over_many_tokens(tokens: int) -> None:
+    q, k, v = packed((1, 3, tokens, 64), torch.bfloat16, CPU)
+    bias = sizes(1, tokens, torch.bfloat16, CPU)
+    assert relative(products.attend(q, k, v, bias), whole_map(q, k, bias) @ v.double()) < 1e-2
+
+
+def test_images_do_not_see_each_others_sizes() -> None:
+    q, k, v = packed((5, 3, 30, 16), torch.bfloat16, CPU)
+    bias = sizes(5, 30, torch.bfloat16, CPU)
+    together = products.attend(q, k, v, bias)
+    for one in range(5):
+        part = slice(one, one + 1)
+        alone = products.attend(q[part], k[part], v[part], bias[part])
+        torch.testing.assert_close(alone, together[part])
+
+
+def test_products_have_the_gradients_of_the_fused_attention() -> None:
+    tensors = packed((2, 3, 17, 16), torch.float64, CPU)
+    bias = sizes(2, 17, torch.float64, CPU)
+    grads = []
+    for attend in (products.attend, lambda *a: dense.attend(*a, 0.0)):
+        leaves = [t.clone().requires_grad_() for t in (*tensors, bias)]
+        attend(*leaves).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*grads)
+
+
+def test_products_are_taken_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    bias = sizes(1, 9, torch.bfloat16, CPU)
+    q, k, v = packed((1, 2, 9, 16), torch.bfloat16, CPU)
+    both = products.attend(q, k, v, bias), dense.attend(q, k, v, bias, 0.0)
+    assert not torch.equal(*both)
+    for able, expected in ((True, both[0]), (False, both[1])):
+        monkeypatch.setattr(products, "VECTORS", able)
+        assert torch.equal(ops.attend(q, k, v, bias), expected)
+    monkeypatch.setattr(products, "VECTORS", True)
+    monkeypatch.setattr(products, "attend", None)  # all else is left to torch
+    pairs = torch.randn(1, 2, 9, 9, dtype=torch.bfloat16)
+    for added in (None, pairs):
+        assert torch.equal(ops.attend(q, k, v, added), dense.attend(q, k, v, added, 0.0))
+    q, k, v, bias = (t.float() for t in (q, k, v, bias))
+    assert torch.equal(ops.attend(q, k, v, bias), dense.attend(q, k, v, bias, 0.0))
+    assert ops.attend(q, k, v, bias, 0.5).shape == q.shape
+
+
+@pytest.mark.slow
+def test_a_graph_of_products_holds_for_any_number_of_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "VECTORS", True)
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=graphs)
+    def step(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return cpu.attend(q, k, v, bias, 0.0) + 1
+
+    for batch in (2, 3, 7):
+        given = (
+            *packed((batch, 2, 40, 16), torch.bfloat16, CPU),
+            sizes(batch, 40, torch.bfloat16, CPU),
+        )
+        for tensor in given:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        assert torch.equal(step(*given), products.attend(*given) + 1)
+    assert graphs.frame_count == 1
+    # Where a gradient is wanted it is torch's own.
+    leaf = given[0].clone().requires_grad_()
+    step(leaf, *given[1:]).sum().backward()
+    assert leaf.grad is not None
+    torch.compiler.reset()
+    torch.library.opcheck(products.in_graph, given)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mergence.ops import dense
-from mergence.ops.dense import attend
+from mergence.ops import dense, products
 from mergence.plan import MergePlan, rows
 
 __all__ = ["Cosines", "attend", "attention_of_row", "merge", "split"]
@@ -61,6 +60,19 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     order = ranked.sort(dim=1).values % tokens
     position = torch.arange(tokens, device=score.device).expand_as(order)
     return order, torch.empty_like(order).scatter_(1, order, position)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """Attention with a bias; see `mergence.ops.attend`."""
+    by_products = q.dtype == torch.bfloat16 and products.VECTORS and not dropout
+    if bias is None or not dense.on_keys(bias) or not by_products:
+        return dense.attend(q, k, v, bias, dropout)
+    if not torch.compiler.is_compiling():
+        return products.attend(q, k, v, bias)
+    if dense.recorded(q, k, v):  # the operator has no gradient
+        return dense.attend(q, k, v, bias, dropout)
+    y: Tensor = products.in_graph(q, k, v, bias)
+    return y
 
 
 def attention_of_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:

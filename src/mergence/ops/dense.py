@@ -125,3 +125,13 @@ def attention_of_logits(logits: Tensor, bias: Tensor | None) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """Attention with a bias; see `mergence.ops.attend`."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+
+
+def recorded(*tensors: Tensor) -> bool:
+    """Whether autograd follows one of some tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def on_keys(bias: Tensor | None) -> bool:
+    """Whether a bias is the same for all heads and queries, `[B, 1, 1, N]`."""
+    return bias is None or bias.shape[1:3] == (1, 1)

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
     """Merge tokens into the slots of a plan; see `mergence.ops.merge`."""
     tensors = x, size, plan.slot, plan.weight
-    run = _kernels(graph=_recorded(*tensors))
+    run = _kernels(graph=dense.recorded(*tensors))
     merged: tuple[Tensor, Tensor] = run.merge(*tensors, plan.slots, prefix, plan.keep_norm)
     return merged
 
@@ -51,7 +51,7 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 def attention_of_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """Attention of one query to all keys; see `mergence.ops.attention_of_row`."""
-    if _recorded(q, k) or not _on_keys(bias):
+    if dense.recorded(q, k) or not dense.on_keys(bias):
         return dense.attention_of_row(q, k, scale, bias)
     row: Tensor = _kernels().attention_of_row(q, k, bias, scale)
     return row
@@ -65,24 +65,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float)
     """
     if (
         bias is None
-        or not _on_keys(bias)
+        or not dense.on_keys(bias)
         or dropout
-        or _recorded(q, k, v)
+        or dense.recorded(q, k, v)
         or q.dtype == torch.float32
         or q.shape[3] > 128
     ):
         return dense.attend(q, k, v, bias, dropout)
     y: Tensor = _kernels().attend(q, k, v, bias)
     return y
-
-
-def _recorded(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _on_keys(bias: Tensor | None) -> bool:
-    """Whether a bias is the same for all heads and queries, `[B, 1, 1, N]`."""
-    return bias is None or bias.shape[1:3] == (1, 1)
 
 
 def _kernels(graph: bool = False) -> Any:
