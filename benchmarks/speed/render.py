@@ -24,7 +24,8 @@ python benchmarks/speed/run.py --out benchmarks/speed/results/NAME.json
 Each cell: how many times faster than the dense model in the same setting, and in brackets that
 times the share of the MACs: 1 where the time fell as much as the MACs. Dense and reduced models
 take turns, medians; compare cells of one row, not times of two runs. The dense model runs torch's
-fused attention like everything else. Schedules are those that each method has without calibration.
+fused attention, and reduced models what is fastest with sizes
+([which](benchmarking.md#what-a-device-allows)). Schedules are those that each method has without calibration.
 Bold where `mergence` is the fastest of the row at that budget.
 
 Below the speeds is what reducing costs: scoring + planning + merging in per cent of the dense
