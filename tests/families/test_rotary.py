@@ -53,6 +53,7 @@ def kind(request: pytest.FixtureRequest, fused: bool, replica: Any) -> tuple[Any
     return block, rope[-1] if rope.ndim == 4 else rope
 
 
+@pytest.mark.usefixtures("torchs_attention")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("biased", [False, True], ids=["no bias", "size bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

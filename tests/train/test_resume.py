@@ -112,9 +112,9 @@ def test_a_request_to_stop_is_heard_between_steps(
     assert results(tmp_path / "run") == uninterrupted
 
 
-def worker(config: Config, started: Any, die_after: int | None) -> None:
+def worker(config: Config, started: Any, die_after: int | None, threads: int) -> None:
     """One life of a run, which may end itself in the middle of a write."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # sums depend on it
     calls = 0
     flush = checkpoint._flush
 
@@ -134,7 +134,9 @@ def live(config: Config, die_after: int | None = None, kill_after: float | None 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mergence.train.loop", "timm", "accelerate", "PIL.Image"])
     started = context.Event()
-    process = context.Process(target=worker, args=(config, started, die_after))
+    process = context.Process(
+        target=worker, args=(config, started, die_after, torch.get_num_threads())
+    )
     process.start()
     if kill_after is not None:
         # A run that the kills before have let come to its end takes no step that would tell.
