@@ -25,8 +25,8 @@ Each cell: how many times faster than the dense model in the same setting, and i
 times the share of the MACs: 1 where the time fell as much as the MACs. Dense and reduced models
 take turns, medians; compare cells of one row, not times of two runs. The dense model runs torch's
 fused attention, and reduced models what is fastest with sizes
-([which](benchmarking.md#what-a-device-allows)). Schedules are those that each method has without calibration.
-Bold where `mergence` is the fastest of the row at that budget.
+([which](benchmarking.md#what-a-device-allows)). Schedules are those that each method has without
+calibration. Bold where `mergence` is the fastest of the row at that budget.
 
 Below the speeds is what reducing costs: scoring + planning + merging in per cent of the dense
 forward, in eager mode ([what they are](benchmarking.md#where-the-time-goes)).
