@@ -137,7 +137,6 @@ def first_half(
 def second_half(block: Any, layout: Layout, x: Tensor, *expert: Tensor | None) -> Tensor:
     """`forward` of the library's blocks from there on."""
     first, *last = (getattr(block, name) for name in layout.mlp)
-    expert = expert if layout.experts and block.num_experts > 1 else ()
     y: Tensor = first(getattr(block, layout.norms[1])(x), *expert)
     for name in layout.after[1]:
         y = getattr(block, name)(y)
@@ -157,7 +156,9 @@ class ReducedBlock:
         if step.program.run.disabled:
             return dense.forward(hidden_states, *masks, **options)
         layout = self._mergence_layout
-        expert, masks = (masks, ()) if layout.experts else ((), masks)
+        # The library does not look at the choice where there is one expert.
+        expert = masks if layout.experts and self.num_experts > 1 else ()
+        masks = () if layout.experts else masks
         named = {name: options.pop(name) for name in _MASKS if name in options}
         # While a graph is recorded, the library writes out a mask that hides nothing.
         tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

@@ -27,6 +27,8 @@ def as_built(kind: Tower, tower: Any) -> Tower:
     Raises:
         UnsupportedModelError: This release builds it in a way that is not restated.
     """
+    if is_older("transformers", kind.oldest):
+        raise _unlike(tower)
     if not hasattr(tower, kind.blocks.partition(".")[0]):
         kind = replace(kind, blocks=_BLOCKS.get(kind.blocks, kind.blocks))
     layout = kind.layout
@@ -37,10 +39,13 @@ def as_built(kind: Tower, tower: Any) -> Tower:
     elif "output_attentions" in signature(original_class(block).forward).parameters:
         layout = replace(layout, tuples=True)
     # Maps are made whole in the parent of the blocks; VideoMAE's biases were beside its layers.
-    unlike = (kind.maps and "." not in kind.blocks) or hasattr(first, "q_bias")
-    if unlike or is_older("transformers", kind.oldest):
-        raise UnsupportedModelError(
-            f"A {original_class(tower).__name__} is not supported as transformers "
-            f"{release('transformers')} builds it. Upgrade: pip install -U 'transformers>=5.6'."
-        )
+    if (kind.maps and "." not in kind.blocks) or hasattr(first, "q_bias"):
+        raise _unlike(tower)
     return replace(kind, layout=layout)
+
+
+def _unlike(tower: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"A {original_class(tower).__name__} is not supported as transformers "
+        f"{release('transformers')} builds it. Upgrade: pip install -U 'transformers>=5.6'."
+    )

@@ -64,14 +64,17 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """Attention with a bias; see `mergence.ops.attend`."""
-    by_products = q.dtype == torch.bfloat16 and products.VECTORS and not dropout
-    if bias is None or not dense.on_keys(bias) or not by_products:
+    graph = torch.compiler.is_compiling()
+    if (
+        bias is None
+        or not dense.on_keys(bias)
+        or dropout
+        or q.dtype != torch.bfloat16
+        or not products.VECTORS
+        or (graph and dense.recorded(q, k, v))  # the operator has no gradient
+    ):
         return dense.attend(q, k, v, bias, dropout)
-    if not torch.compiler.is_compiling():
-        return products.attend(q, k, v, bias)
-    if dense.recorded(q, k, v):  # the operator has no gradient
-        return dense.attend(q, k, v, bias, dropout)
-    y: Tensor = products.in_graph(q, k, v, bias)
+    y: Tensor = (products.in_graph if graph else products.attend)(q, k, v, bias)
     return y
 
 

@@ -1,7 +1,7 @@
 """Attention as two products, on CPUs on which torch's fused attention takes longer.
 
 In bfloat16 on an AMD EPYC with AVX-512 that takes up to two and a half times as long; see
-docs/speed.md.
+docs/benchmarking.md.
 """
 
 from __future__ import annotations
