@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import mergence
@@ -80,13 +81,25 @@ def test_alignment_that_nobody_asks_for_depends_on_the_device_and_the_schedule(
     assert (recipe.on("cpu").align, recipe.on("cuda").align) == (cpu, cuda)
 
 
+@pytest.mark.parametrize(("tiles", "expected"), [(True, 16), (False, 1)])
+def test_in_bfloat16_counts_fill_the_tiles_of_a_cpu_that_has_them(
+    vit: nn.Module, monkeypatch: pytest.MonkeyPatch, tiles: bool, expected: int
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    recipe = make(macs=0.67)
+    assert recipe.on("cpu", torch.bfloat16).align == expected
+    assert (recipe.on("cpu").align, recipe.on("mps", torch.bfloat16).align) == (1, 1)
+    assert mergence.describe(mergence.apply(vit, recipe)).align == 1
+    assert mergence.describe(mergence.apply(vit.bfloat16(), recipe)).align == expected
+
+
 def test_the_alignment_of_the_device_is_applied_and_described_and_the_recipe_keeps_its_own(
     vit: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = mergence.describe(mergence.apply(vit, macs=0.67))
     assert exact.align == exact.to_dict()["align"] == 1
     assert "multiples" not in str(exact)
-    monkeypatch.setitem(schedule.ALIGN, "cpu", 8)  # as if this were CUDA
+    monkeypatch.setattr(schedule, "multiple_on", lambda device, dtype: 8)  # as if this were CUDA
     found = mergence.describe(mergence.apply(vit, macs=0.67))
     assert found.counts != exact.counts
     assert all((n + 1) % 8 == 0 for n in found.counts if n < 36)

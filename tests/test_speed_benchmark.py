@@ -73,11 +73,12 @@ def test_a_page_says_what_was_not_timed(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_runs_on_one_machine_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("avx512-intel-compiled.json", "avx512-intel-eager.json")
+    names = ("avx512-amx-intel-compiled.json", "avx512-amx-intel-eager.json")
     page, readme = rendered(tmp_path, monkeypatch, *names)
     (head,) = [line for line in readme.splitlines() if "threads" in line]
     assert head.endswith("| compile, 0.67 | compile, 0.5 | eager, 0.67 | eager, 0.5 |")
-    assert page.count("## avx512 intel") == 2
+    assert page.count("## avx512 amx intel") == 2
+    assert page.count("token counts in multiples of 1 (16 in bfloat16)") == 2
 
 
 def test_without_results_nothing_is_written(

@@ -87,9 +87,15 @@ def _headline(where: str, timed: list[dict[str, Any]]) -> str:
 
 
 def _machine(name: str, result: dict[str, Any]) -> str:
+    usual = result["align"]
+    others = {
+        f" ({table['align']} in {table['rows'][0]['dtype']})"
+        for table in result["tables"]
+        if table.get("align", usual) != usual
+    }
     machine = (
         f"{_where(result)}, torch {result['torch']}, timm {result['timm']}, token counts in "
-        f"multiples of {result['align']}."
+        f"multiples of {usual}{''.join(sorted(others))}."
     )
     lines = [f"## {name.replace('-', ' ')}", "", machine, ""]
     if "note" in result:

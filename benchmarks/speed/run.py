@@ -28,7 +28,7 @@ from mergence.benchmark import bench
 from mergence.devices import emulated
 from mergence.models import load_model
 from mergence.recipe import make
-from mergence.setting import ALIGN
+from mergence.setting import multiple_on
 
 BUDGETS = (0.67, 0.5)
 METHODS = ("mergence", "mstm", "tome", "evit")
@@ -76,7 +76,7 @@ def main() -> None:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "mergence": mergence.__version__,
-        "align": arguments.align or ALIGN.get(device.type, 1),
+        "align": arguments.align or multiple_on(device.type, torch.float32),
         "left_out": [],
         "tables": [],
     }
@@ -110,7 +110,8 @@ def main() -> None:
                     model_name=case.model,
                     progress=lambda settings, bar=bar, task=task: bar.advance(task, settings),
                 )
-            result["tables"].append(table.to_dict())
+            align = arguments.align or multiple_on(device.type, dtype)
+            result["tables"].append(table.to_dict() | {"align": align})
             _write(result, arguments.out)
 
 

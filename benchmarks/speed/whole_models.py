@@ -90,10 +90,54 @@ def trocr() -> Any:
     return transformers.VisionEncoderDecoderModel(config)
 
 
+def internvl() -> Any:
+    """Answers about an image of one tile."""
+    text = {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "vocab_size": 151674,
+    }
+    config = transformers.InternVLConfig(text_config=text)
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+def gemma3() -> Any:
+    """Answers about an image."""
+    vision = {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 896,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+    config = transformers.Gemma3Config(vision_config=vision, text_config=text)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
 def detected(model: Any, images: Tensor) -> Any:
     """Boxes for two phrases."""
     words = torch.ones(2 * len(images), 16, dtype=torch.long, device=images.device)
     return model(words, images)
+
+
+def begun(model: Any, images: Tensor) -> Any:
+    """The first word of an answer to 16 words and 256 tokens of each image."""
+    prompt = [model.config.image_token_id] * 256 + [9] * 16
+    words = torch.tensor([prompt] * len(images), device=images.device)
+    return model(input_ids=words, pixel_values=images, logits_to_keep=1)
 
 
 def written(model: Any, images: Tensor) -> Any:
@@ -109,6 +153,8 @@ MODELS = {
     "blip": Whole("blip-image-captioning-base", blip, "vision_model", (384, 384), written),
     "vitpose": Whole("vitpose-base", vitpose, "backbone", (256, 192)),
     "trocr": Whole("trocr-base", trocr, "encoder", (384, 384), written),
+    "internvl": Whole("InternVL3-1B", internvl, "model.vision_tower", (448, 448), begun),
+    "gemma3": Whole("gemma-3-4b-it", gemma3, "model.vision_tower", (896, 896), begun),
 }
 
 
@@ -116,11 +162,14 @@ def measure(whole: Whole, arguments: argparse.Namespace) -> None:
     """Time one of them and print."""
     torch.manual_seed(0)
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
-    dense = whole.build().eval().to(device, dtype)
+    torch.set_default_dtype(dtype)  # a language model may be larger than the memory in float32
+    dense = whole.build().eval().to(device)
+    torch.set_default_dtype(torch.float32)
     images = torch.randn(arguments.batch_size, 3, *whole.size, device=device, dtype=dtype)
     models = {"dense": dense}
     for share in arguments.macs:
-        models[f"{share:g}"] = mergence.apply(deepcopy(dense), macs=share)
+        weights = {id(weight): weight for weight in (*dense.parameters(), *dense.buffers())}
+        models[f"{share:g}"] = mergence.apply(deepcopy(dense, weights), macs=share)
     towers = {name: model.get_submodule(whole.tower) for name, model in models.items()}
     for part, calls in (
         ("whole", {name: partial(whole.call, model) for name, model in models.items()}),

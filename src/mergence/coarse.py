@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mergence import ops
 from mergence.plan import MergePlan
 from mergence.planning import join, keep_highest
 
@@ -83,10 +84,9 @@ def plan(change: Tensor, grid: tuple[int, int], regions: int) -> tuple[MergePlan
         each region was judged, `[B, rows // 2, columns // 2]` float32.
     """
     rows, columns = (n // SIDE for n in grid)
-    exact = torch.promote_types(change.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(change.detach(), dim=2, dtype=exact).float()
+    norm = ops.norms(change.detach()).float()
     norm = torch.linalg.vector_norm(_by_region(norm, grid), dim=(1, 3))
-    loss = norm.clamp(min=torch.finfo(norm.dtype).tiny).log().reshape(-1, rows, columns)
+    loss = norm.log().reshape(-1, rows, columns)
     loss = loss - _distance(rows, columns, loss)
     region = keep_highest(-loss.flatten(1), regions).place < regions
     chosen = spread(region.reshape(-1, rows, columns), grid)

@@ -28,6 +28,7 @@ class Program:
         schedule: How many tokens stay.
         align: Multiple that token counts are rounded to; None leaves it to the device.
         device: Type of the device that the model was on when the method was applied.
+        dtype: The type that its weights had then.
         cost: What the model's MACs depend on.
         patches: Patches at the model's own input size.
         coarse: Whether the schedule may read some of them coarsely where the method leaves it open.
@@ -39,6 +40,7 @@ class Program:
     schedule: Schedule
     align: int | None
     device: str
+    dtype: torch.dtype
     cost: ModelCost
     patches: int
     coarse: bool = False
@@ -64,7 +66,7 @@ class Program:
     @property
     def multiple(self) -> int:
         """The multiple that token counts are rounded to."""
-        return self.align or self.schedule.align_on(self.device)
+        return self.align or self.schedule.align_on(self.device, self.dtype)
 
     def tokens(self, patches: int | None = None) -> tuple[int, ...]:
         """Patch tokens that enter the first block and those left after each.
@@ -229,8 +231,8 @@ class Program:
             change = coarse.difference(fine, half, run.grid)
             plan, chosen, loss = coarse.plan(change, run.grid, regions)
             # Each patch of a chosen region takes its embedding; their mean has the mean position.
-            taken = change * chosen.unsqueeze(2).to(x.dtype)
-            x = x + nn.functional.pad(taken, (0, 0, self.prefix, 0))
+            patches = x[:, self.prefix :] + change * chosen.unsqueeze(2).to(x.dtype)
+            x = torch.cat((x[:, : self.prefix], patches), dim=1)
             x, run.carry = self.merged(x, plan.weight, Carry(fine.shape[1], run.grid), plan)
         if run.observer is not None:
             run.observer.reduced(0, run.carry, plan, coarse.spread(loss, run.grid).exp())

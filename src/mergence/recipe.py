@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mergence import method as methods
 from mergence import schedule as schedules
 from mergence._version import __version__
@@ -46,15 +48,20 @@ class Recipe:
                 f"align is {self.align!r}; give a whole number of at least 1, or leave it out."
             )
 
-    def on(self, device: str) -> Recipe:
+    def on(self, device: str, dtype: torch.dtype = torch.float32) -> Recipe:
         """The recipe with `align` filled in for a type of device, `cpu` or `cuda`.
 
-        Where the schedule is a share of the MACs, counts become multiples of 8 on CUDA. Schedules
-        that state the counts, or how they are made, are followed as they are.
+        Where the schedule is a share of the MACs, counts become multiples of 8 on CUDA, and of 16
+        in bfloat16 on CPUs with AMX. Schedules that state the counts, or how they are made, are
+        followed as they are.
+
+        Args:
+            device: Type of the device.
+            dtype: The type in which the model computes there.
         """
         if self.align is not None:
             return self
-        return dataclasses.replace(self, align=self.schedule.align_on(device))
+        return dataclasses.replace(self, align=self.schedule.align_on(device, dtype))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import torch
+
 from mergence.errors import RecipeError, ScheduleError
-from mergence.setting import ALIGN, Setting, aligned, check
+from mergence.setting import Setting, aligned, check, multiple_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Schedule(ABC):
         """
         return check(self.wanted(setting), setting)
 
-    def align_on(self, device: str) -> int:
+    def align_on(self, device: str, dtype: torch.dtype) -> int:
         """The multiple that counts keep to on a type of device where nobody asks for another.
 
         Counts that a schedule states are followed as they are.
@@ -272,8 +274,8 @@ class Macs(Schedule):
                 "above 0 and at most 1, for example 0.67."
             )
 
-    def align_on(self, device: str) -> int:
-        return ALIGN.get(device, 1)
+    def align_on(self, device: str, dtype: torch.dtype) -> int:
+        return multiple_on(device, dtype)
 
     def start(self, setting: Setting) -> int:
         return self._fitted(setting).start(setting)

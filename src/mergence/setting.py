@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from mergence.errors import ScheduleError
 
-ALIGN: Mapping[str, int] = {"cuda": 8}
-"""Multiples that token counts, prefix included, best keep to, by type of device; elsewhere 1.
 
-On CUDA attention with a mask, which size attention needs, takes up to 1.7 times as long at other
-counts. On a CPU counts next to each other differ by little more than their MACs (see
-docs/benchmarking.md)."""
+def multiple_on(device: str, dtype: torch.dtype) -> int:
+    """The multiple that token counts, prefix included, best keep to; 1 where none is better.
+
+    On CUDA attention with a mask, which size attention needs, takes up to 1.7 times as long at
+    other counts, and so does any attention in bfloat16 on a CPU that multiplies tiles of 16 (Intel
+    calls them AMX). On other CPUs counts next to each other differ by little more than their MACs.
+    See docs/benchmarking.md.
+
+    Args:
+        device: Type of the device, such as `cpu` or `cuda`.
+        dtype: The type in which a model computes.
+    """
+    if device == "cuda":
+        return 8
+    tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return 16 if device == "cpu" and tiles else 1
 
 
 def _any_fewer(tokens: int) -> int:

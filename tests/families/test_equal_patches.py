@@ -22,6 +22,7 @@ APART = (
     "timm_eva",
     "timm_beit",
     "timm_naflex-rope",
+    "transformers-aimv2_native",
     "transformers-dinov3",
     "transformers-videomae",
     "transformers-vitpose_backbone",

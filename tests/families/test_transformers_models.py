@@ -55,7 +55,15 @@ def test_classifiers_average_by_size_and_towers_in_them_stay_plain(
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "cls", ["CLIPModel", "SiglipModel", "MetaClip2Model", "AltCLIPModel", "ChineseCLIPModel"]
+    "cls",
+    [
+        "CLIPModel",
+        "SiglipModel",
+        "MetaClip2Model",
+        "AltCLIPModel",
+        "ChineseCLIPModel",
+        "Aimv2Model",
+    ],
 )
 def test_models_of_image_and_text_are_reduced_directly(cls: str, image: Tensor) -> None:
     config = tiny_configuration(cls.replace("Model", "Config"))
@@ -109,8 +117,6 @@ def test_a_language_model_reads_the_tokens_that_its_tower_leaves(
             hidden_size=48,
         )
         model = transformers.PaliGemmaForConditionalGeneration(config).eval()
-    with pytest.raises(UnsupportedModelError, match=r"supported model at '\.model\.vision_tower'"):
-        mergence.apply(model, keep_rate=0.6)
 
     def run(tokens: int) -> Tensor:
         prompt = torch.tensor([[1] + [5] * tokens + [7, 8]] * 2)
@@ -127,6 +133,17 @@ def test_a_language_model_reads_the_tokens_that_its_tower_leaves(
         run(36)
     with mergence.disabled(tower):
         assert torch.equal(run(36), dense)
+
+
+def test_a_model_around_a_supported_one_is_refused_with_its_place() -> None:
+    words = transformers.BertConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=3, vocab_size=64
+    )
+    model = transformers.VisionTextDualEncoderModel(
+        vision_model=tiny("vit_pooler"), text_model=transformers.BertModel(words)
+    )
+    with pytest.raises(UnsupportedModelError, match=r"supported model at '\.vision_model'"):
+        mergence.apply(model, keep_rate=0.6)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -20,6 +20,10 @@ TEXT = torch.tensor([[1, 5, 9, 2], [1, 7, 3, 2]])
 SMALL = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3}
 QFORMER = SMALL | {"intermediate_size": 96, "encoder_hidden_size": 48, "vocab_size": 64}
 SCHEDULE = [36, 28, 28, 20, 20, 11]
+SIZES = torch.tensor([[96, 96]] * 2)
+CLIP, SIGLIP, INTERN = (
+    tiny_configuration(f"{name}VisionConfig").to_dict() for name in ("CLIP", "Siglip", "InternVL")
+)
 
 Reader = tuple[Any, str, Callable[[Any, Tensor], Tensor]]
 
@@ -92,6 +96,28 @@ def language_model(name: str) -> Reader:
     )
 
 
+def conversation(
+    names: str, text: str, tokens: int, vision: Mapping[str, Any] = CLIP, **options: Any
+) -> Reader:
+    """A model whose language model of one kind has a number of tokens for an image."""
+    more = {"model_type": text, "num_key_value_heads": 3, "head_dim": 16, "pad_token_id": 1}
+    more |= {"intermediate_size": 96, "vocab_size": 64, "eos_token_id": 2}
+    kind = getattr(transformers, f"{names}Config")
+    placeholder = "image_token_id" if hasattr(kind, "image_token_id") else "image_token_index"
+    options |= {placeholder: 5, "vision_config": dict(vision), "text_config": SMALL | more}
+    model = build(f"{names}ForConditionalGeneration", kind(**options))
+    prompt = torch.tensor([[5] * tokens + [2, 7]] * 2)
+
+    def call(model: Any, image: Tensor) -> Tensor:
+        size = {}
+        if "image_grid_pinpoints" in options:  # the whole image, and then its parts
+            image, size = image[:, None].repeat(1, 2, 1, 1, 1), {"image_sizes": SIZES}
+        scores: Tensor = model(pixel_values=image, input_ids=prompt, **size).logits
+        return scores
+
+    return model, "model.vision_tower", call
+
+
 def reader_of_text() -> Reader:
     decoder = transformers.TrOCRConfig(
         d_model=48, decoder_layers=1, decoder_attention_heads=3, decoder_ffn_dim=96, vocab_size=64
@@ -124,6 +150,24 @@ READERS: dict[str, Callable[[], Reader]] = {
     "blip_itm": matcher,
     "blip2": lambda: language_model("Blip2"),
     "instructblip": lambda: language_model("InstructBlip"),
+    "llava": lambda: conversation("Llava", "llama", 36),
+    "vipllava": lambda: conversation("VipLlava", "llama", 36, vision_feature_layers=[-2, -3]),
+    "llava_next": lambda: conversation("LlavaNext", "llama", 78, image_grid_pinpoints=[[96, 96]]),
+    "llava_onevision": lambda: conversation(
+        "LlavaOnevision", "qwen2", 78, SIGLIP, image_grid_pinpoints=[[96, 96]]
+    ),
+    "paligemma": lambda: conversation(
+        "PaliGemma", "gemma", 36, SIGLIP | {"projection_dim": 48}, projection_dim=48
+    ),
+    "gemma3": lambda: conversation("Gemma3", "gemma3_text", 9, SIGLIP, mm_tokens_per_image=9),
+    "aya_vision": lambda: conversation("AyaVision", "cohere2", 9, SIGLIP),
+    "cohere2_vision": lambda: conversation(
+        "Cohere2Vision", "cohere2", 9, SIGLIP, alignment_intermediate_size=64
+    ),
+    "internvl": lambda: conversation("InternVL", "qwen2", 9, INTERN),
+    "internvl_6b": lambda: conversation(
+        "InternVL", "qwen2", 9, INTERN | {"use_qk_norm": True, "norm_type": "rms_norm"}
+    ),
     "trocr": reader_of_text,
     "dpt": depth,
 }
@@ -156,19 +200,23 @@ def test_they_read_its_tokens_value_for_every_patch(reader: Reader, image: Tenso
     assert mergence.describe(model).counts == tuple(SCHEDULE)
     assert list(model.state_dict()) == keys
     given: list[Any] = []
-    handle = model.get_submodule(path).register_forward_hook(lambda *a: given.append(a[2]))
+    handle = model.get_submodule(path).register_forward_hook(
+        lambda _, inputs, options, output: given.extend([*inputs, *options.values(), output]),
+        with_kwargs=True,
+    )
     found = call(model, image)
     handle.remove()
+    seen, output = given[0], given[-1]
     assert found.shape == expected.shape
     assert not torch.equal(found, expected)
-    states = "hidden_states" in given[0]
-    own = alone(image, output_hidden_states=states)
+    states = "hidden_states" in output
+    own = alone(seen, output_hidden_states=states)
     tokens = [own.last_hidden_state, *(own.hidden_states if states else ())]
-    full = [given[0].last_hidden_state, *(given[0].hidden_states if states else ())]
+    full = [output.last_hidden_state, *(output.hidden_states if states else ())]
     prefix = mergence.describe(model).prefix
     for one, other in zip(full, tokens, strict=True):
         if one is not None:  # the library keeps those states that it needs
-            assert one.shape == (2, prefix + 36, 48)
+            assert one.shape == (len(seen), prefix + 36, 48)
             assert torch.equal(one, mergence.restore(other))
             assert torch.equal(mergence.restore(one), one)
     with mergence.disabled(model):
@@ -218,7 +266,9 @@ def test_detectors_look_for_what_an_image_shows(name: str, image: Tensor) -> Non
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [captioner, reader_of_text, lambda: language_model("Blip2")])
+@pytest.mark.parametrize(
+    "make", [captioner, reader_of_text, lambda: language_model("Blip2"), READERS["gemma3"]]
+)
 def test_they_write(make: Callable[[], Reader], image: Tensor) -> None:
     model, path, _ = make()
     options = {"max_new_tokens": 4, "do_sample": False}
@@ -226,6 +276,8 @@ def test_they_write(make: Callable[[], Reader], image: Tensor) -> None:
         options |= {"decoder_start_token_id": 1, "eos_token_id": 63, "pad_token_id": 0}
     if "Blip2" in type(model).__name__:
         options["input_ids"] = torch.tensor([[5, 5, 5, 2]] * 2)
+    if "Gemma3" in type(model).__name__:
+        options["input_ids"] = torch.tensor([[5] * 9 + [2]] * 2)
     expected = model.generate(pixel_values=image, **options)
     mergence.apply(model, macs=1.0)
     assert torch.equal(model.generate(pixel_values=image, **options), expected)

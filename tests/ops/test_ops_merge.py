@@ -180,3 +180,28 @@ def test_gradients_reach_the_weights() -> None:
             expected = 0.0 if slot < 0 else ((x[b, n] - merged[b, slot]).sum() / total).item()
             assert weight.grad is not None
             assert weight.grad[b, n].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@both
+@pytest.mark.parametrize("keep_norm", [False, True])
+def test_in_half_precision_the_merge_is_as_exact_as_the_tokens(
+    implementation: Merge, keep_norm: bool
+) -> None:
+    x = torch.randn(4, 60, 64, generator=torch.Generator().manual_seed(0))
+    slot = torch.arange(60).expand(4, 60) % 25 - 1
+    plan = MergePlan(slot, torch.rand(4, 60) + 0.1, 24, keep_norm)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = x.to(dtype)
+        expected, _ = naive(half, torch.ones(4, 60), plan)
+        merged, _ = implementation(half, torch.ones(4, 60), plan)
+        error = (merged.double() - expected).norm(dim=2) / expected.norm(dim=2)
+        assert error.max() < 1e-2
+
+
+def test_the_merge_for_training_and_the_one_for_inference_agree() -> None:
+    x = torch.randn(2, 5, 3)
+    for keep_norm in (False, True):
+        plan = MergePlan(PLAN.slot, PLAN.weight, 3, keep_norm)
+        trained = cpu.merge(x.clone().requires_grad_(), torch.ones(2, 5), plan)
+        for one, other in zip(trained, cpu.merge(x, torch.ones(2, 5), plan), strict=True):
+            torch.testing.assert_close(one, other)

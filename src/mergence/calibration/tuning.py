@@ -33,7 +33,7 @@ from mergence.method import Method, build
 from mergence.program import program_of
 from mergence.recipe import Recipe
 from mergence.schedule import Counts, KeepRate, Macs
-from mergence.setting import ALIGN
+from mergence.setting import multiple_on
 
 OBJECTIVES: dict[Objective, tuple[Distance, Distance]] = {
     "kl": (kl_divergence, tempered_kl_divergence),
@@ -79,8 +79,8 @@ def calibrate(
             size of the first batch. The MACs that meet it are found by timing.
         method: A method, or the name of one.
         points: How many blocks may reduce. Each costs time, so few are better.
-        align: Token counts, prefix included, are multiples of this. None takes 8 on CUDA, where
-            attention is slow at other counts, and elsewhere 1.
+        align: Token counts, prefix included, are multiples of this. None takes what the
+            attention of the device is fast at: 8 on CUDA, 16 in bfloat16 on CPUs with AMX, else 1.
         images: How many images to use at most.
         trials: How many options and schedules the refinement measures for each budget.
         tune: Also try the values that the method lists as `tunable`.
@@ -114,7 +114,7 @@ def calibrate(
         pixels, skipped = _first_images(batches, images, device, dtype)
         work = Work(progress, sum(map(len, pixels)), trials, len(budgets) or 1)
         probe = Probe(model, pixels)
-        multiple = align or ALIGN.get(torch.device(device).type, 1)
+        multiple = align or multiple_on(torch.device(device).type, dtype)
 
         @cache
         def prices_of(method: Method) -> Prices:

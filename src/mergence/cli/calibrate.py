@@ -45,7 +45,8 @@ def calibrate(
         int | None,
         typer.Option(
             min=1,
-            help="Token counts, prefix included, in multiples of this. Default: 8 on CUDA, else 1.",
+            help="Token counts, prefix included, in multiples of this. Default: what the "
+            "device is fast at.",
         ),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Use so many images.")] = 512,

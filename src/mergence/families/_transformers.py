@@ -18,7 +18,7 @@ class Layout:
     Attributes:
         attention: The attention.
         norms: The norms before attention and MLP.
-        after: What both branches pass through before they are added.
+        after: What both branches pass through before they are added: modules, and factors.
         mlp: The MLP; in two parts the second adds what came before it.
         split: The attention is a module of queries, keys and values and one of what follows them.
         tuples: The block gives out a tuple.
@@ -39,6 +39,8 @@ DINO = Layout(
     "attention", ("norm1", "norm2"), (("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
 )
 CLIP = Layout("self_attn", ("layer_norm1", "layer_norm2"), ((), ()))
+AIM = Layout("attention", ("rms_norm1", "rms_norm2"), ((), ()), mlp=("ffn",))
+INTERN = replace(VIT, after=(("lambda_1",), ("dropout", "lambda_2")))
 SPLIT_VIT = replace(VIT, after=((), ()), mlp=("intermediate", "output"), split=True)
 POSE = replace(SPLIT_VIT, mlp=("mlp",), experts=True)
 
@@ -83,12 +85,14 @@ class Container:
         heads: Linear layers of the image side, for its MACs.
         averages: The head takes the mean of the tower's patch tokens.
         full: The head, or a decoder of text, reads a token for every patch.
+        oldest: As that of a `Tower`.
     """
 
     towers: tuple[str, ...]
     heads: tuple[str, ...] = ()
     averages: bool = False
     full: bool = False
+    oldest: str = "4.57"
 
 
 def _name(architecture: str, cls: str) -> str:
@@ -151,6 +155,25 @@ _VITPOSE = Tower(
 _DPT = Tower(
     "DPTViTLayer", "DPTViTAttention", SPLIT_VIT, "encoder.layer", _PROJECTION, 1, oldest="5.6"
 )
+_AIM = Tower(
+    "Aimv2EncoderLayer",
+    "Aimv2Attention",
+    AIM,
+    "encoder.layers",
+    "embeddings.patch_embed",
+    0,
+    head="head",
+    oldest="5.6",
+)
+_INTERN = Tower(
+    "InternVLVisionLayer",
+    "InternVLVisionAttention",
+    INTERN,
+    "encoder.layer",
+    _PROJECTION,
+    1,
+    oldest="5.6",
+)
 _CLIPS = (
     ("clip", "CLIP", _clip("CLIP")),
     ("metaclip_2", "MetaClip2", _clip("MetaClip2")),
@@ -161,6 +184,18 @@ _CLIPS = (
     ("owlvit", "OwlViT", _clip("OwlViT", oldest="5.6")),
     ("owlv2", "Owlv2", _clip("Owlv2", oldest="5.6")),
 )
+_LANGUAGE = (
+    ("llava", "Llava"),
+    ("vipllava", "VipLlava"),
+    ("llava_next", "LlavaNext"),
+    ("llava_onevision", "LlavaOnevision"),
+    ("paligemma", "PaliGemma"),
+    ("gemma3", "Gemma3"),
+    ("aya_vision", "AyaVision"),
+    ("cohere2_vision", "Cohere2Vision"),
+    ("internvl", "InternVL"),
+)
+"""Models of image and language whose language model reads every patch."""
 _REGISTERS = "dinov2_with_registers"
 
 TOWERS: dict[str, Tower] = {
@@ -179,6 +214,8 @@ TOWERS: dict[str, Tower] = {
     _name("dinov3_vit", "DINOv3ViTBackbone"): replace(_DINOV3, maps=True),
     _name("vitpose_backbone", "VitPoseBackbone"): _VITPOSE,
     _name("dpt", "DPTModel"): _DPT,
+    _name("aimv2", "Aimv2VisionModel"): _AIM,
+    _name("internvl", "InternVLVisionModel"): _INTERN,
     _name("blip", "BlipVisionModel"): _clip("Blip", oldest="5.6"),
     _name("blip_2", "Blip2VisionModel"): _clip("Blip2", oldest="5.6"),
     _name("instructblip", "InstructBlipVisionModel"): _clip("InstructBlip", oldest="5.6"),
@@ -200,10 +237,10 @@ def _classifier(tower: str, averages: bool = False) -> Container:
 
 
 def _read(
-    architecture: str, *classes: str, by: tuple[str, ...] = ("vision_model",)
+    architecture: str, *classes: str, by: tuple[str, ...] = ("vision_model",), **more: Any
 ) -> tuple[list[str], Container]:
     """Classes that read a token for every patch, of a tower at one of these paths."""
-    return _named(architecture, *classes), Container(by, full=True)
+    return _named(architecture, *classes), Container(by, full=True, **more)
 
 
 _AVERAGED = _classifier("vision_model", averages=True)
@@ -241,6 +278,7 @@ CONTAINERS: dict[str, Container] = {
         (_named("clipseg", "CLIPSegModel"), _PROJECTED),
         (_named("owlvit", "OwlViTModel"), _PROJECTED),
         (_named("owlv2", "Owlv2Model"), _PROJECTED),
+        (_named("aimv2", "Aimv2Model"), _PROJECTED),
         (_named("siglip", "SiglipModel"), _VISION),
         *(
             (_named(architecture, f"{names}VisionModel"), _VISION)
@@ -268,6 +306,16 @@ CONTAINERS: dict[str, Container] = {
             "Blip2ForImageTextRetrieval",
         ),
         _read("instructblip", "InstructBlipModel", "InstructBlipForConditionalGeneration"),
+        *(
+            _read(
+                architecture,
+                f"{names}Model",
+                f"{names}ForConditionalGeneration",
+                by=("vision_tower", "model.vision_tower"),
+                oldest="5.6",
+            )
+            for architecture, names in _LANGUAGE
+        ),
         _read("vision_encoder_decoder", "VisionEncoderDecoderModel", by=("encoder",)),
     )
     for name in names

@@ -14,7 +14,16 @@ from torch.nn import functional as F
 
 from mergence import ops
 from mergence.families._common import reduced_forward, refuse_mask
-from mergence.families._transformers import CLIP, DINO, POSE, SPLIT_VIT, VIT, Layout
+from mergence.families._transformers import (
+    AIM,
+    CLIP,
+    DINO,
+    INTERN,
+    POSE,
+    SPLIT_VIT,
+    VIT,
+    Layout,
+)
 from mergence.families._transformers_releases import SPLIT_DINO, TUPLE_CLIP
 from mergence.state import Carry
 from mergence.step import BlockStep
@@ -22,7 +31,7 @@ from mergence.step import BlockStep
 # Under which names the library hands masks to its blocks.
 _MASKS = ("attention_mask", "head_mask", "causal_attention_mask")
 # What attentions call their last projection.
-_OUT = ("o_proj", "out_proj", "projection")
+_OUT = ("o_proj", "out_proj", "projection", "projection_layer")
 
 
 def attention(
@@ -38,8 +47,10 @@ def attention(
         q, k, v = (y.view(shape).transpose(1, 2) for y in attn.qkv(x).chunk(3, dim=-1))
     else:
         q, k, v = (
-            project(x).view(shape).transpose(1, 2)
-            for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+            getattr(attn, f"{name}_norm", _as_it_is)(getattr(attn, f"{name}_proj")(x))
+            .view(shape)
+            .transpose(1, 2)
+            for name in "qkv"
         )
     if position_embeddings is not None:
         home = sys.modules[type(attn).__module__]
@@ -47,7 +58,11 @@ def attention(
     dropout = attn.attention_dropout if hasattr(attn, "attention_dropout") else attn.dropout
     y = _attend(attn, q, k, v, bias, getattr(dropout, "p", dropout), **options)
     project = next(getattr(attn, name) for name in _OUT if hasattr(attn, name))
-    return project(y), q, k
+    return getattr(attn, "projection_dropout", _as_it_is)(project(y)), q, k
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def split_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,19 +144,24 @@ def first_half(
     y, q, k = (
         split_attention(attn, z, bias) if layout.split else attention(attn, z, bias, **options)
     )
-    for name in layout.after[0]:
-        y = getattr(block, name)(y)
-    return x + y, q, k
+    return x + _through(block, layout.after[0], y), q, k
 
 
 def second_half(block: Any, layout: Layout, x: Tensor, *expert: Tensor | None) -> Tensor:
     """`forward` of the library's blocks from there on."""
     first, *last = (getattr(block, name) for name in layout.mlp)
     y: Tensor = first(getattr(block, layout.norms[1])(x), *expert)
-    for name in layout.after[1]:
-        y = getattr(block, name)(y)
+    y = _through(block, layout.after[1], y)
     out: Tensor = last[0](y, x) if last else x + y
     return out
+
+
+def _through(block: Any, names: tuple[str, ...], y: Tensor) -> Tensor:
+    """What modules of a block make of a tensor, or factors that are parameters of its own."""
+    for name in names:
+        part = getattr(block, name)
+        y = part * y if isinstance(part, Tensor) else part(y)
+    return y
 
 
 class ReducedBlock:
@@ -208,6 +228,18 @@ class ReducedClipBlock(ReducedBlock):
     _mergence_layout = CLIP
 
 
+class ReducedAimBlock(ReducedBlock):
+    """Mixed into the blocks of AIMv2."""
+
+    _mergence_layout = AIM
+
+
+class ReducedInternBlock(ReducedBlock):
+    """Mixed into the blocks of InternVL's vision tower."""
+
+    _mergence_layout = INTERN
+
+
 class ReducedSplitViTBlock(ReducedBlock):
     """Mixed into the blocks of VideoMAE, and those of ViT before transformers 5.9."""
 
@@ -238,6 +270,8 @@ BLOCK_MIXINS: dict[Layout, type] = {
         ReducedViTBlock,
         ReducedDinoBlock,
         ReducedClipBlock,
+        ReducedAimBlock,
+        ReducedInternBlock,
         ReducedSplitViTBlock,
         ReducedPoseBlock,
         ReducedSplitDinoBlock,

@@ -27,8 +27,7 @@ def as_built(kind: Tower, tower: Any) -> Tower:
     Raises:
         UnsupportedModelError: This release builds it in a way that is not restated.
     """
-    if is_older("transformers", kind.oldest):
-        raise _unlike(tower)
+    require_release(tower, kind.oldest)
     if not hasattr(tower, kind.blocks.partition(".")[0]):
         kind = replace(kind, blocks=_BLOCKS.get(kind.blocks, kind.blocks))
     layout = kind.layout
@@ -42,6 +41,16 @@ def as_built(kind: Tower, tower: Any) -> Tower:
     if (kind.maps and "." not in kind.blocks) or hasattr(first, "q_bias"):
         raise _unlike(tower)
     return replace(kind, layout=layout)
+
+
+def require_release(model: Any, oldest: str) -> None:
+    """Refuse a model of a release before the first of which it was tried.
+
+    Raises:
+        UnsupportedModelError: It is one.
+    """
+    if is_older("transformers", oldest):
+        raise _unlike(model)
 
 
 def _unlike(tower: Any) -> UnsupportedModelError:

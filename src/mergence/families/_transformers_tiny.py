@@ -62,6 +62,12 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clip_classifier": ("CLIPForImageClassification", "CLIPConfig", {}),
     "siglip": ("SiglipVisionModel", "SiglipVisionConfig", {}),
     "siglip_classifier": ("SiglipForImageClassification", "SiglipConfig", {}),
+    "aimv2": ("Aimv2VisionModel", "Aimv2VisionConfig", {}),
+    "aimv2_native": (
+        "Aimv2VisionModel",
+        "Aimv2VisionConfig",
+        {"is_native": True, "qkv_bias": True},
+    ),
     "owlvit": ("OwlViTVisionModel", "OwlViTVisionConfig", {}),
     "blip": ("BlipVisionModel", "BlipVisionConfig", {}),
     "blip2": (

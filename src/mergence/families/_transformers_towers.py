@@ -127,13 +127,13 @@ class ReducedEmbeddings:
                 "mergence.disabled(model)."
             )
         if isinstance(y, Tensor):
-            return program.coarsened(y)
+            return program.coarsened(y, getattr(self, "rms_norm", None))  # AIMv2's
         y.last_hidden_states = program.coarsened(y.last_hidden_states)  # DPT's
         return y
 
 
 class ReducedHead:
-    """Mixed into SigLIP's attention pooling."""
+    """Mixed into attention pooling, SigLIP's and AIMv2's."""
 
     def forward(self: Any, hidden_state: Tensor) -> Tensor:
         """The head's forward, in which a merged token counts as often as the patches in it."""
@@ -149,14 +149,23 @@ class ReducedHead:
         if run.disabled or known is None or known.size is None:
             y: Tensor = dense.forward(hidden_state)
             return y
-        batch = hidden_state.shape[0]
-        probe = self.probe.repeat(batch, 1, 1)
-        bias = known.size.log().to(hidden_state.dtype)
-        pooled = self.attention(
-            probe, hidden_state, hidden_state, key_padding_mask=bias, need_weights=False
-        )[0]
-        y = pooled + self.mlp(self.layernorm(pooled))
-        return y[:, 0]
+        pooled: Tensor = _pooled(self, hidden_state, known.size.log().to(hidden_state.dtype))
+        return pooled
+
+
+def _pooled(head: Any, x: Tensor, bias: Tensor) -> Any:
+    """The forward of an attention pooling, with a bias `[B, N]` on the keys."""
+    batch, _, width = x.shape
+    if hasattr(head, "probe"):
+        probe = head.probe.repeat(batch, 1, 1)
+        pooled = head.attention(probe, x, x, key_padding_mask=bias, need_weights=False)[0]
+        return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]
+    q, k, v = (
+        part.unflatten(2, (head.num_heads, -1)).transpose(1, 2)
+        for part in (head.cls_token.expand(batch, -1, -1), head.k_proj(x), head.v_proj(x))
+    )
+    pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None])
+    return head.output_proj(pooled.transpose(1, 2).reshape(batch, width))
 
 
 class ReducedContainer:

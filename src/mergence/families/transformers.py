@@ -24,7 +24,7 @@ from mergence.families._transformers import (
     entry,
 )
 from mergence.families._transformers_blocks import BLOCK_MIXINS
-from mergence.families._transformers_releases import as_built
+from mergence.families._transformers_releases import as_built, require_release
 from mergence.families._transformers_tiny import tiny_models
 from mergence.families._transformers_towers import (
     AveragingContainer,
@@ -52,12 +52,13 @@ class Transformers(Family):
     models: ClassVar[tuple[str, ...]] = (*TOWERS, *CONTAINERS)
     supported: ClassVar[str] = (
         "transformers' ViT, DeiT, ViT-MSN, I-JEPA, DINOv2 with and without registers, DINOv3, and "
-        "the vision towers of CLIP, MetaCLIP 2, AltCLIP, Chinese CLIP and SigLIP (SigLIP 2 too, "
-        "where its checkpoints load as SigLIP), alone, with a classifier, and inside CLIPModel and "
-        "SiglipModel; DINOv2 and DINOv3 as backbones, Depth Anything and DPT; OWL-ViT, OWLv2, "
-        "CLIPSeg and ViTPose; BLIP, BLIP-2, InstructBLIP, and VisionEncoderDecoderModel on one of "
-        "these (TrOCR); the encoder of ViT-MAE on whole images; VideoMAE; Audio Spectrogram "
-        "Transformer"
+        "the vision towers of CLIP, MetaCLIP 2, AltCLIP, Chinese CLIP, SigLIP (SigLIP 2 too, "
+        "where its checkpoints load as SigLIP) and AIMv2, alone, with a classifier, and inside "
+        "CLIPModel and SiglipModel; DINOv2 and DINOv3 as backbones, Depth Anything and DPT; "
+        "OWL-ViT, OWLv2, CLIPSeg and ViTPose; BLIP, BLIP-2, InstructBLIP, and "
+        "VisionEncoderDecoderModel on one of these (TrOCR); LLaVA, LLaVA-NeXT, LLaVA-OneVision, "
+        "VipLLaVA, PaliGemma, Gemma 3, Aya Vision, Command A Vision and InternVL; the encoder of "
+        "ViT-MAE on whole images; VideoMAE; Audio Spectrogram Transformer"
     )
 
     refused: ClassVar[Mapping[str, str]] = REFUSED
@@ -66,6 +67,8 @@ class Transformers(Family):
     def inspect(self, model: Any) -> ModelSpec:
         """Read a model of transformers; see `Family.inspect`."""
         container, path, tower = _opened(model)
+        if container is not None:
+            require_release(model, container.oldest)
         kind = entry(TOWERS, tower)
         if kind is None:
             raise UnsupportedModelError(

@@ -18,7 +18,7 @@ from torch import Tensor
 from mergence.ops import cpu, dense, fused
 from mergence.plan import MergePlan
 
-__all__ = ["Cosines", "attend", "attention_of_row", "cosines", "merge", "split"]
+__all__ = ["Cosines", "attend", "attention_of_row", "cosines", "merge", "norms", "split"]
 
 Cosines = dense.Cosines | cpu.Cosines | fused.Cosines
 
@@ -55,6 +55,19 @@ def cosines(x: Tensor) -> Cosines:
     """
     found: Cosines = _implementation(x).Cosines(x)
     return found
+
+
+def norms(x: Tensor) -> Tensor:
+    """The norm of each token, as something to divide by: never zero.
+
+    Args:
+        x: `[..., C]`.
+
+    Returns:
+        `[...]`, at least as exact as numbers of the type of `x`.
+    """
+    norm: Tensor = (cpu if _implementation(x) is cpu else dense).norms(x)
+    return norm
 
 
 def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The operators for CPUs, eager or compiled: tokens are added to their slots, and ranks compared.
+"""The operators for CPUs, eager or compiled: tokens are looked up by slot, and ranks compared.
 
 Written to be read as well: the other implementations are tested against these.
 """
@@ -21,45 +21,65 @@ BLOCK = 256
 
 def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
     """Merge tokens into the slots of a plan; see `mergence.ops.merge`."""
+    if dense.recorded(x, size, plan.weight):
+        return dense.merge(x, size, plan, prefix)
     batch, _, channels = x.shape
-    # One slot more than asked for collects what is dropped.
-    slot = torch.where(plan.slot < 0, plan.slots, plan.slot)
+    # Rows of the answer, one image after the other; one more collects what is dropped.
+    last = batch * (prefix + plan.slots)
+    row = torch.arange(last, device=x.device).view(batch, -1)
+    place = torch.where(plan.slot < 0, last, plan.slot + row[:, prefix : prefix + 1])
     weight = plan.weight.float()
     counts = (weight > 0).float()
-    sums = torch.zeros(3, batch, plan.slots + 1, device=x.device)
-    merged_size, total, count = sums.scatter_add(
-        2, slot.expand(3, -1, -1), torch.stack((size, weight, counts))
-    ).unbind()
+    sums = torch.zeros(3, last + 1, device=x.device)
+    to = place.flatten().expand(3, -1)
+    sums.scatter_add_(1, to, torch.stack((size, weight, counts)).flatten(1))
+    merged_size, total, count = sums.unbind()
     # Normalised first: a token alone in its slot then has weight exactly 1 and passes unchanged.
-    share = weight / total.clamp(min=TINY).gather(1, slot)
-    weighted = x[:, prefix:] * share.unsqueeze(2)
-
-    rows = prefix + plan.slots + 1
-    merged = weighted.new_zeros(batch, rows, channels)
-    merged[:, :prefix] = x[:, :prefix]
-    first = torch.arange(prefix, batch * rows, rows, device=x.device).unsqueeze(1)
-    merged.view(-1, channels).index_add_(0, (first + slot).flatten(), weighted.flatten(0, 1))
+    share = F.pad(weight / total.clamp(min=TINY)[place], (prefix, 0), value=1.0)
+    # Sums of rows that are looked up: x is read once, and nothing of its size is written but them.
+    placed, order = torch.cat((row[:, :prefix], place), dim=1).flatten().sort(stable=True)
+    first = torch.searchsorted(placed, torch.arange(last + 1, device=x.device))
+    merged = F.embedding_bag(
+        order,
+        x.flatten(0, 1),
+        first,
+        mode="sum",
+        per_sample_weights=share.flatten()[order].to(x.dtype),
+    )[:-1]
     if plan.keep_norm:
-        norm = torch.linalg.vector_norm(x[:, prefix:], dim=2, dtype=weighted.dtype) * counts
-        largest = torch.zeros_like(total, dtype=norm.dtype).scatter_reduce(1, slot, norm, "amax")
-        length = merged[:, prefix:].norm(dim=2)
+        norm = norms(x[:, prefix:]) * counts
+        largest = torch.zeros_like(total, dtype=norm.dtype)
+        largest = largest.scatter_reduce(0, to[0], norm.flatten(), "amax")[:-1]
+        length = norms(merged)
         # Shared slots only, so that a token alone in its slot still passes unchanged.
-        shared = (count > 1) & (length > 0)
-        scale = torch.where(shared, largest / length.clamp(min=TINY), 1.0)
-        merged = merged * F.pad(scale, (prefix, 0), value=1.0).unsqueeze(2)
-    return merged[:, :-1].to(x.dtype), merged_size[:, :-1]
+        shared = (count[:-1] > 1) & (length > dense.LEAST)
+        scale = torch.where(shared, largest / length, 1.0)
+        merged = merged * scale.to(x.dtype).unsqueeze(1)
+    merged_size = merged_size[:-1].view(batch, -1)[:, prefix:]
+    return merged.view(batch, -1, channels), merged_size
+
+
+def norms(x: Tensor) -> Tensor:
+    """The norm of each token; see `mergence.ops.norms`.
+
+    Those of tokens in bfloat16 are rounded to it: torch would copy all tokens to float32 otherwise,
+    which takes several times as long as the norms. Float16 cannot hold every norm.
+    """
+    if x.dtype != torch.bfloat16:
+        return dense.norms(x)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norm.clamp(min=dense.LEAST)
 
 
 def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Split tokens by score; see `mergence.ops.split`."""
     score = torch.nan_to_num(score.detach(), nan=float("-inf"))
-    tokens = score.shape[1]
     ranked = score.argsort(dim=1, descending=True, stable=True)
-    # Behind all others for a moment, so that one sort puts both parts in raster order.
-    ranked[:, kept:] += tokens
-    order = ranked.sort(dim=1).values % tokens
-    position = torch.arange(tokens, device=score.device).expand_as(order)
-    return order, torch.empty_like(order).scatter_(1, order, position)
+    leaves = torch.ones_like(ranked).scatter_(1, ranked[:, :kept], 0)
+    left = leaves.cumsum(dim=1)
+    position = torch.arange(score.shape[1], device=score.device).expand_as(left)
+    place = torch.where(leaves > 0, left + (kept - 1), position - left)
+    return torch.empty_like(place).scatter_(1, place, position), place
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
@@ -81,12 +101,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float)
 def attention_of_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """Attention of one query to all keys; see `mergence.ops.attention_of_row`."""
     # Half the time of a product with one row, which needs the keys of a head side by side.
-    logits: Tensor = torch.linalg.vecdot(k, q).unsqueeze(2).float() * scale
+    logits = (k @ q.mT).transpose(2, 3).float() * scale
     return dense.attention_of_logits(logits, bias)
 
 
 class Cosines(dense.Cosines):
     """The same, from differences of ranks instead of comparisons of scores."""
+
+    _norms = staticmethod(norms)
+    # `matmul` copies the second, which is transposed, before it multiplies in bfloat16.
+    _product = staticmethod(torch.bmm)
 
     def to_nearest_above(self, score: Tensor) -> Tensor:
         """See `mergence.ops.dense.Cosines`."""
@@ -97,23 +121,32 @@ class Cosines(dense.Cosines):
         if score.shape[1] > BLOCK:
             return self._in_blocks(order)
         # 0 for the highest, 4 for the next, and so on.
-        rank = 4.0 * order.argsort(dim=1)
+        rank = torch.arange(0.0, 4 * order.shape[1], 4, device=order.device).expand_as(score)
+        rank = torch.empty_like(rank).scatter_(1, order, rank)
         # 0 where the other token is above, and -4 elsewhere.
         behind = ((rank - 4).unsqueeze(2) - rank.unsqueeze(1)).clamp_(-4, 0)
         return behind.add_(self._all()).amax(dim=2).clamp(-1, 1)
 
     def _in_blocks(self, order: Tensor) -> Tensor:
-        """The same from the highest token down, so that half of the cosines are never computed.
+        """The same from the highest token down, so that half of the cosines are never looked at.
 
         That takes half the time for many tokens, and for few ones longer.
         """
         metric = rows(self._metric, order)
+        number = metric.shape[1]
+        # In float32 that half is not computed. In bfloat16 computing it takes less time than the
+        # copy that torch makes of a part of the tokens before it multiplies.
+        whole = self._product(metric, metric.mT) if metric.dtype == torch.bfloat16 else None
         not_above = torch.full((BLOCK, BLOCK), -4.0, dtype=metric.dtype, device=order.device).triu()
         found = []
-        for first in range(0, order.shape[1], BLOCK):
-            block = metric[:, first : first + BLOCK]
-            cosine = block @ metric[:, : first + block.shape[1]].mT
-            cosine[:, :, first:] += not_above[: block.shape[1], : block.shape[1]]
-            found.append(cosine.amax(dim=2))
+        for first in range(0, number, BLOCK):
+            last = min(first + BLOCK, number)
+            if whole is None:
+                cosine = self._product(metric[:, first:last], metric[:, :last].mT)
+            else:
+                cosine = whole[:, first:last, :last]
+            among = cosine[:, :, first:] + not_above[: last - first, : last - first]
+            best = among.amax(dim=2)
+            found.append(best.maximum(cosine[:, :, :first].amax(dim=2)) if first else best)
         nearest = torch.cat(found, dim=1).float().clamp(-1, 1)
         return torch.empty_like(nearest).scatter_(1, order, nearest)

@@ -7,11 +7,16 @@ and `test_export.py` see to.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mergence.plan import MergePlan, ascending, rows, without_nan
+
+LEAST = 2.0**-40
+"""Shorter tokens count as this long, so that one can divide by it."""
 
 
 def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
@@ -37,17 +42,27 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
     return torch.cat((x[:, :prefix], merged), dim=1), merged_size
 
 
+def norms(x: Tensor) -> Tensor:
+    """The norm of each token; see `mergence.ops.norms`."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=exact)
+    return norm.clamp(min=LEAST)
+
+
 class Cosines:
     """The cosines between all tokens, as one matrix; see `mergence.ops.cosines`."""
 
+    _norms = staticmethod(norms)
+    _product: Callable[[Tensor, Tensor], Tensor] = staticmethod(torch.matmul)
+
     def __init__(self, x: Tensor) -> None:
         x = x.detach()
-        self._metric = (x / norms(x).unsqueeze(2)).to(x.dtype)
+        self._metric = (x / self._norms(x).unsqueeze(2)).to(x.dtype)
         self._matrix: Tensor | None = None
 
     def _all(self) -> Tensor:
         if self._matrix is None:
-            self._matrix = self._metric @ self._metric.transpose(1, 2)
+            self._matrix = self._product(self._metric, self._metric.transpose(1, 2))
         return self._matrix
 
     def to_nearest_above(self, score: Tensor) -> Tensor:
@@ -81,18 +96,12 @@ class Cosines:
             `[B, R]` int64 indices into `among`; the first of those that are equally near.
         """
         if self._matrix is None:
-            cosine = rows(self._metric, of) @ rows(self._metric, among).transpose(1, 2)
+            other = rows(self._metric, among).transpose(1, 2)
+            cosine = self._product(rows(self._metric, of), other)
         else:
             cosine = rows(self._matrix, of)
             cosine = cosine.gather(2, among.unsqueeze(1).expand(-1, of.shape[1], -1))
         return cosine.max(dim=2).indices
-
-
-def norms(x: Tensor) -> Tensor:
-    """The norm of each token, `[B, N]` float32 or more, as something to divide by."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(x, dim=2, dtype=exact)
-    return norm.clamp(min=1e-12)
 
 
 def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
