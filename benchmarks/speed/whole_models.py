@@ -105,6 +105,31 @@ def internvl() -> Any:
     return transformers.InternVLForConditionalGeneration(config)
 
 
+def smolvlm() -> Any:
+    """Answers about an image in tiles."""
+    vision = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 512,
+        "patch_size": 16,
+    }
+    text = {
+        "model_type": "llama",
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "vocab_size": 49280,
+    }
+    config = transformers.SmolVLMConfig(
+        vision_config=vision, text_config=text, scale_factor=4, image_token_id=49190
+    )
+    return transformers.SmolVLMForConditionalGeneration(config)
+
+
 def gemma3() -> Any:
     """Answers about an image."""
     vision = {
@@ -133,11 +158,16 @@ def detected(model: Any, images: Tensor) -> Any:
     return model(words, images)
 
 
-def begun(model: Any, images: Tensor) -> Any:
-    """The first word of an answer to 16 words and 256 tokens of each image."""
-    prompt = [model.config.image_token_id] * 256 + [9] * 16
+def begun(model: Any, images: Tensor, tokens: int = 256) -> Any:
+    """The first word of an answer to 16 words and so many tokens of each image."""
+    prompt = [model.config.image_token_id] * tokens + [9] * 16
     words = torch.tensor([prompt] * len(images), device=images.device)
     return model(input_ids=words, pixel_values=images, logits_to_keep=1)
+
+
+def begun_in_tiles(model: Any, images: Tensor) -> Any:
+    """The same of images of 17 tiles, of which each has 64 tokens."""
+    return begun(model, images.unsqueeze(1).repeat(1, 17, 1, 1, 1), 17 * 64)
 
 
 def written(model: Any, images: Tensor) -> Any:
@@ -154,6 +184,9 @@ MODELS = {
     "vitpose": Whole("vitpose-base", vitpose, "backbone", (256, 192)),
     "trocr": Whole("trocr-base", trocr, "encoder", (384, 384), written),
     "internvl": Whole("InternVL3-1B", internvl, "model.vision_tower", (448, 448), begun),
+    "smolvlm": Whole(
+        "SmolVLM-500M-Instruct", smolvlm, "model.vision_model", (512, 512), begun_in_tiles
+    ),
     "gemma3": Whole("gemma-3-4b-it", gemma3, "model.vision_tower", (896, 896), begun),
 }
 

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 import mergence
-from mergence.errors import UnsupportedModelError
+from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.families._common import randomised
 from mergence.families._transformers_tiny import tiny_configuration
 
@@ -21,9 +21,14 @@ SMALL = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3}
 QFORMER = SMALL | {"intermediate_size": 96, "encoder_hidden_size": 48, "vocab_size": 64}
 SCHEDULE = [36, 28, 28, 20, 20, 11]
 SIZES = torch.tensor([[96, 96]] * 2)
-CLIP, SIGLIP, INTERN = (
-    tiny_configuration(f"{name}VisionConfig").to_dict() for name in ("CLIP", "Siglip", "InternVL")
+PADDED = ("Idefics2", "Idefics3", "SmolVLM")
+CLIP, SIGLIP, INTERN, *PADDING = (
+    tiny_configuration(f"{name}VisionConfig").to_dict()
+    for name in ("CLIP", "Siglip", "InternVL", *PADDED)
 )
+
+PERCEIVER = {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 3}
+PERCEIVER |= {"resampler_head_dim": 16, "num_key_value_heads": 3, "hidden_size": 48}
 
 Reader = tuple[Any, str, Callable[[Any, Tensor], Tensor]]
 
@@ -112,10 +117,13 @@ def conversation(
         size = {}
         if "image_grid_pinpoints" in options:  # the whole image, and then its parts
             image, size = image[:, None].repeat(1, 2, 1, 1, 1), {"image_sizes": SIZES}
+        if names in PADDED:  # several images for each prompt
+            image = image[:, None]
         scores: Tensor = model(pixel_values=image, input_ids=prompt, **size).logits
         return scores
 
-    return model, "model.vision_tower", call
+    tower = "vision_tower" if hasattr(model.model, "vision_tower") else "vision_model"
+    return model, f"model.{tower}", call
 
 
 def reader_of_text() -> Reader:
@@ -168,6 +176,12 @@ READERS: dict[str, Callable[[], Reader]] = {
     "internvl_6b": lambda: conversation(
         "InternVL", "qwen2", 9, INTERN | {"use_qk_norm": True, "norm_type": "rms_norm"}
     ),
+    "deepseek_vl": lambda: conversation("DeepseekVL", "llama", 36, SIGLIP),
+    "idefics2": lambda: conversation(
+        "Idefics2", "mistral", 4, PADDING[0], perceiver_config=PERCEIVER
+    ),
+    "idefics3": lambda: conversation("Idefics3", "llama", 9, PADDING[1]),
+    "smolvlm": lambda: conversation("SmolVLM", "llama", 9, PADDING[2]),
     "trocr": reader_of_text,
     "dpt": depth,
 }
@@ -321,6 +335,22 @@ def test_poses(experts: int) -> None:
     assert torch.equal(model.backbone(image, index).feature_maps[0], other.feature_maps[0])
     with mergence.disabled(model):
         assert torch.equal(call(index), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["idefics2", "smolvlm"])
+def test_an_image_that_is_padded_is_refused(kind: str, image: Tensor) -> None:
+    model = mergence.apply(READERS[kind]()[0], schedule=SCHEDULE)
+    mask = torch.ones(2, 1, 96, 96, dtype=torch.bool)
+    prompt = torch.tensor([[5] * (4 if kind == "idefics2" else 9) + [2, 7]] * 2)
+    inputs = {"pixel_values": image[:, None], "input_ids": prompt}
+    expected = model(**inputs).logits
+    assert torch.equal(model(**inputs, pixel_attention_mask=mask).logits, expected)
+    mask[:, :, 64:] = False
+    with pytest.raises(ReducedOutputError, match="given an attention mask"):
+        model(**inputs, pixel_attention_mask=mask)
+    with mergence.disabled(model):
+        assert model(**inputs, pixel_attention_mask=mask).logits.shape == expected.shape
 
 
 def test_a_tower_that_is_not_known_in_one_of_them_is_named() -> None:

@@ -184,6 +184,8 @@ _CLIPS = (
     ("owlvit", "OwlViT", _clip("OwlViT", oldest="5.6")),
     ("owlv2", "Owlv2", _clip("Owlv2", oldest="5.6")),
 )
+_PADDED = (("idefics2", "Idefics2"), ("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
+"""Towers as SigLIP's, in models that may pad an image; then there is a mask, which is refused."""
 _LANGUAGE = (
     ("llava", "Llava"),
     ("vipllava", "VipLlava"),
@@ -194,6 +196,8 @@ _LANGUAGE = (
     ("aya_vision", "AyaVision"),
     ("cohere2_vision", "Cohere2Vision"),
     ("internvl", "InternVL"),
+    ("deepseek_vl", "DeepseekVL"),
+    *_PADDED,
 )
 """Models of image and language whose language model reads every patch."""
 _REGISTERS = "dinov2_with_registers"
@@ -219,6 +223,12 @@ TOWERS: dict[str, Tower] = {
     _name("blip", "BlipVisionModel"): _clip("Blip", oldest="5.6"),
     _name("blip_2", "Blip2VisionModel"): _clip("Blip2", oldest="5.6"),
     _name("instructblip", "InstructBlipVisionModel"): _clip("InstructBlip", oldest="5.6"),
+    **{
+        _name(architecture, f"{names}VisionTransformer"): replace(
+            _clip(names, prefix=0, oldest="5.6"), attention=f"{names}VisionAttention"
+        )
+        for architecture, names in _PADDED
+    },
     **{
         # Before transformers 5.6 the model was a transformer in a module with no more in it.
         _name(architecture, f"{names}{cls}"): tower
@@ -311,7 +321,7 @@ CONTAINERS: dict[str, Container] = {
                 architecture,
                 f"{names}Model",
                 f"{names}ForConditionalGeneration",
-                by=("vision_tower", "model.vision_tower"),
+                by=("vision_tower", "model.vision_tower", "vision_model", "model.vision_model"),
                 oldest="5.6",
             )
             for architecture, names in _LANGUAGE

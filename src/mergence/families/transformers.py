@@ -57,8 +57,9 @@ class Transformers(Family):
         "CLIPModel and SiglipModel; DINOv2 and DINOv3 as backbones, Depth Anything and DPT; "
         "OWL-ViT, OWLv2, CLIPSeg and ViTPose; BLIP, BLIP-2, InstructBLIP, and "
         "VisionEncoderDecoderModel on one of these (TrOCR); LLaVA, LLaVA-NeXT, LLaVA-OneVision, "
-        "VipLLaVA, PaliGemma, Gemma 3, Aya Vision, Command A Vision and InternVL; the encoder of "
-        "ViT-MAE on whole images; VideoMAE; Audio Spectrogram Transformer"
+        "VipLLaVA, PaliGemma, Gemma 3, Aya Vision, Command A Vision, DeepSeek-VL, InternVL, "
+        "SmolVLM, Idefics2 and Idefics3; the encoder of ViT-MAE on whole images; VideoMAE; Audio "
+        "Spectrogram Transformer"
     )
 
     refused: ClassVar[Mapping[str, str]] = REFUSED
