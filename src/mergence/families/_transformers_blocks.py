@@ -187,6 +187,8 @@ class ReducedBlock:
         masks, named = (None,) * len(masks), dict.fromkeys(named)
 
         def whole(x: Tensor) -> Tensor:
+            # Its own: torch 2.9 guards one from outside, where it compiles this function by itself.
+            dense: Any = super(ReducedBlock, self)
             found = dense.forward(x, *expert, *masks, **named, **options)
             y: Tensor = found[0] if layout.tuples else found
             return y
