@@ -90,65 +90,43 @@ def trocr() -> Any:
     return transformers.VisionEncoderDecoderModel(config)
 
 
+def sizes(width: int, hidden: int, depth: int, heads: int, **more: Any) -> dict[str, Any]:
+    """A transformer's, as configurations call them."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        **more,
+    }
+
+
 def internvl() -> Any:
     """Answers about an image of one tile."""
-    text = {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "intermediate_size": 4864,
-        "vocab_size": 151674,
-    }
-    config = transformers.InternVLConfig(text_config=text)
+    text = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 151674}
+    config = transformers.InternVLConfig(text_config=sizes(896, 4864, 24, 14, **text))
     return transformers.InternVLForConditionalGeneration(config)
 
 
 def smolvlm() -> Any:
     """Answers about an image in tiles."""
-    vision = {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 512,
-        "patch_size": 16,
-    }
-    text = {
-        "model_type": "llama",
-        "hidden_size": 960,
-        "intermediate_size": 2560,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 15,
-        "num_key_value_heads": 5,
-        "vocab_size": 49280,
-    }
+    text = {"model_type": "llama", "num_key_value_heads": 5, "vocab_size": 49280}
     config = transformers.SmolVLMConfig(
-        vision_config=vision, text_config=text, scale_factor=4, image_token_id=49190
+        vision_config=sizes(768, 3072, 12, 12, image_size=512, patch_size=16),
+        text_config=sizes(960, 2560, 32, 15, **text),
+        scale_factor=4,
+        image_token_id=49190,
     )
     return transformers.SmolVLMForConditionalGeneration(config)
 
 
 def gemma3() -> Any:
     """Answers about an image."""
-    vision = {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 896,
-        "patch_size": 14,
-        "vision_use_head": False,
-    }
-    text = {
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "num_hidden_layers": 34,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-    }
-    config = transformers.Gemma3Config(vision_config=vision, text_config=text)
+    vision = {"image_size": 896, "patch_size": 14, "vision_use_head": False}
+    config = transformers.Gemma3Config(
+        vision_config=sizes(1152, 4304, 27, 16, **vision),
+        text_config=sizes(2560, 10240, 34, 8, num_key_value_heads=4),
+    )
     return transformers.Gemma3ForConditionalGeneration(config)
 
 

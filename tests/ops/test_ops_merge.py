@@ -161,6 +161,13 @@ def test_gradients_reach_the_tokens() -> None:
     assert torch.autograd.gradcheck(lambda x: merge(x, torch.ones(2, 5), PLAN)[0], x)
 
 
+def test_gradients_that_keep_the_norm_are_exact_and_have_gradients() -> None:
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    plan = MergePlan(PLAN.slot, PLAN.weight, 3, keep_norm=True)
+    assert torch.autograd.gradcheck(lambda x: merge(x, torch.ones(2, 5), plan)[0], x)
+    assert torch.autograd.gradgradcheck(lambda x: merge(x, torch.ones(2, 5), plan)[0], x)
+
+
 def test_gradients_are_finite_where_there_is_no_norm_to_keep() -> None:
     x = torch.tensor([[[1.0], [-1.0], [0.0], [0.0]]], requires_grad=True)
     plan = MergePlan(torch.tensor([[0, 0, 1, 1]]), torch.ones(1, 4), 2, keep_norm=True)

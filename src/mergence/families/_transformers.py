@@ -155,25 +155,10 @@ _VITPOSE = Tower(
 _DPT = Tower(
     "DPTViTLayer", "DPTViTAttention", SPLIT_VIT, "encoder.layer", _PROJECTION, 1, oldest="5.6"
 )
-_AIM = Tower(
-    "Aimv2EncoderLayer",
-    "Aimv2Attention",
-    AIM,
-    "encoder.layers",
-    "embeddings.patch_embed",
-    0,
-    head="head",
-    oldest="5.6",
+_AIM = replace(
+    _clip("Aimv2", prefix=0, head="head", oldest="5.6"), layout=AIM, stem="embeddings.patch_embed"
 )
-_INTERN = Tower(
-    "InternVLVisionLayer",
-    "InternVLVisionAttention",
-    INTERN,
-    "encoder.layer",
-    _PROJECTION,
-    1,
-    oldest="5.6",
-)
+_INTERN = replace(_vit("InternVLVision", oldest="5.6"), layout=INTERN, blocks="encoder.layer")
 _CLIPS = (
     ("clip", "CLIP", _clip("CLIP")),
     ("metaclip_2", "MetaClip2", _clip("MetaClip2")),

@@ -66,7 +66,7 @@ def norms(x: Tensor) -> Tensor:
     Returns:
         `[...]`, at least as exact as numbers of the type of `x`.
     """
-    norm: Tensor = (cpu if _implementation(x) is cpu else dense).norms(x)
+    norm: Tensor = _implementation(x).norms(x)
     return norm
 
 

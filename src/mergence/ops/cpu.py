@@ -21,7 +21,7 @@ BLOCK = 256
 
 def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
     """Merge tokens into the slots of a plan; see `mergence.ops.merge`."""
-    if dense.recorded(x, size, plan.weight):
+    if dense.recorded(x, size, plan.weight):  # what is looked up has no second derivative
         return dense.merge(x, size, plan, prefix)
     batch, _, channels = x.shape
     # Rows of the answer, one image after the other; one more collects what is dropped.

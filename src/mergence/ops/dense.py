@@ -33,8 +33,9 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
     share = share / torch.where(total > 0, total, 1.0)
     merged = share.to(x.dtype) @ tokens
     if plan.keep_norm:
-        largest = (member * (counts * tokens.float().norm(dim=2)).unsqueeze(1)).amax(dim=2)
-        norm = merged.float().norm(dim=2)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        largest = (member * (counts * tokens.to(exact).norm(dim=2)).unsqueeze(1)).amax(dim=2)
+        norm = merged.to(exact).norm(dim=2)
         # Shared slots only, so that a token alone in its slot still passes unchanged.
         shared = torch.logical_and(count > 1, norm > 0)
         scale = torch.where(shared, largest / torch.where(norm > 0, norm, 1.0), 1.0)

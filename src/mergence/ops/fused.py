@@ -16,6 +16,8 @@ from mergence.plan import MergePlan
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that the kernels know."""
 
+norms = dense.norms  # of what no kernel reads
+
 
 def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
     """Merge tokens into the slots of a plan; see `mergence.ops.merge`."""
