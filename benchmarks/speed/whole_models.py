@@ -38,6 +38,7 @@ class Whole:
         tower: The path of its tower.
         size: Height and width of its images.
         call: What is timed.
+        alone: What is timed of the tower.
     """
 
     like: str
@@ -45,6 +46,7 @@ class Whole:
     tower: str
     size: tuple[int, int]
     call: Callable[[Any, Tensor], Any] = lambda model, images: model(images)
+    alone: Callable[[Any, Tensor], Any] = lambda tower, images: tower(images)
 
 
 def depth_anything() -> Any:
@@ -130,6 +132,43 @@ def gemma3() -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
+def places(*sections: int) -> dict[str, Any]:
+    """The rotary positions of Qwen's language models, in sections of time, height and width."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(sections)}
+    return {"rope_parameters": rope, "vocab_size": 151936}
+
+
+def qwen3_vl() -> Any:
+    """Answers about an image of any size."""
+    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16}
+    vision |= {"out_hidden_size": 2048, "deepstack_visual_indexes": [5, 11, 17]}
+    text = {"num_key_value_heads": 8, "head_dim": 128} | places(24, 20, 20)
+    config = transformers.Qwen3VLConfig(
+        vision_config=vision, text_config=sizes(2048, 6144, 28, 16, **text)
+    )
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
+def qwen25_vl() -> Any:
+    """The same, by a tower that attends within windows."""
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+    vision |= {"out_hidden_size": 2048, "fullatt_block_indexes": [7, 15, 23, 31]}
+    text = {"num_key_value_heads": 2} | places(16, 24, 24)
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config=vision, text_config=sizes(2048, 11008, 36, 16, **text)
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen2_vl() -> Any:
+    """The same, without windows."""
+    text = {"num_key_value_heads": 2} | places(16, 24, 24)
+    config = transformers.Qwen2VLConfig(
+        vision_config={"hidden_size": 1536}, text_config=sizes(1536, 8960, 28, 12, **text)
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
 def detected(model: Any, images: Tensor) -> Any:
     """Boxes for two phrases."""
     words = torch.ones(2 * len(images), 16, dtype=torch.long, device=images.device)
@@ -146,6 +185,35 @@ def begun(model: Any, images: Tensor, tokens: int = 256) -> Any:
 def begun_in_tiles(model: Any, images: Tensor) -> Any:
     """The same of images of 17 tiles, of which each has 64 tokens."""
     return begun(model, images.unsqueeze(1).repeat(1, 17, 1, 1, 1), 17 * 64)
+
+
+def packed(config: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """As many patches as images have, which is all that matters here, and their grids."""
+    rows, columns = (side // config.patch_size for side in images.shape[-2:])
+    grid = torch.tensor([[1, rows, columns]] * len(images), device=images.device)
+    numbers = images.repeat(1, config.temporal_patch_size, 1, 1)
+    return numbers.reshape(len(images) * rows * columns, -1), grid
+
+
+def seen_packed(tower: Any, images: Tensor) -> Any:
+    """What a tower of packed patches makes of them."""
+    return tower(*packed(tower.config, images))
+
+
+def begun_packed(model: Any, images: Tensor) -> Any:
+    """The first word of an answer to 16 words and an image, which has a token for 2 x 2 patches."""
+    patches, grid = packed(model.config.vision_config, images)
+    tokens = int(grid[0].prod()) // model.config.vision_config.spatial_merge_size**2
+    prompt = [model.config.image_token_id] * tokens + [9] * 16
+    words = torch.tensor([prompt] * len(images), device=images.device)
+    kinds = (words == model.config.image_token_id).int()
+    return model(
+        input_ids=words,
+        pixel_values=patches,
+        image_grid_thw=grid,
+        mm_token_type_ids=kinds,
+        logits_to_keep=1,
+    )
 
 
 def written(model: Any, images: Tensor) -> Any:
@@ -166,6 +234,15 @@ MODELS = {
         "SmolVLM-500M-Instruct", smolvlm, "model.vision_model", (512, 512), begun_in_tiles
     ),
     "gemma3": Whole("gemma-3-4b-it", gemma3, "model.vision_tower", (896, 896), begun),
+    "qwen3-vl": Whole(
+        "Qwen3-VL-2B-Instruct", qwen3_vl, "model.visual", (1024, 1024), begun_packed, seen_packed
+    ),
+    "qwen2.5-vl": Whole(
+        "Qwen2.5-VL-3B-Instruct", qwen25_vl, "model.visual", (896, 896), begun_packed, seen_packed
+    ),
+    "qwen2-vl": Whole(
+        "Qwen2-VL-2B-Instruct", qwen2_vl, "model.visual", (896, 896), begun_packed, seen_packed
+    ),
 }
 
 
@@ -181,7 +258,10 @@ def measure(whole: Whole, arguments: argparse.Namespace) -> None:
     for share in arguments.macs:
         weights = {id(weight): weight for weight in (*dense.parameters(), *dense.buffers())}
         models[f"{share:g}"] = mergence.apply(deepcopy(dense, weights), macs=share)
-    towers = {name: model.get_submodule(whole.tower) for name, model in models.items()}
+    towers = {
+        name: partial(whole.alone, model.get_submodule(whole.tower))
+        for name, model in models.items()
+    }
     for part, calls in (
         ("whole", {name: partial(whole.call, model) for name, model in models.items()}),
         ("tower", towers),

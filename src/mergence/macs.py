@@ -24,11 +24,14 @@ class BlockCost:
         attention: Multiply-adds of the attention's linear layers per token.
         mlp: Multiply-adds of the MLP's linear layers per token.
         width: Heads times head width; the two attention products cost 2 N N width.
+        window: Patches of the windows within which it attends, whose places are all computed; None
+            where it attends to all tokens.
     """
 
     attention: int
     mlp: int
     width: int
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ def count(
         merging = patches * model.dim
     for block, after in zip(model.blocks, tokens[1:], strict=True):
         n = before + model.prefix
-        attention += n * block.attention + 2 * n * n * block.width
+        pairs = n * n if block.window is None else patches * block.window
+        attention += n * block.attention + 2 * pairs * block.width
         mlp += (after + model.prefix) * block.mlp
         if after < before and reduction is not None:
             rows = ("importance" in reduction.needs) + n * ("received" in reduction.needs)

@@ -113,18 +113,6 @@ def ascending(x: Tensor) -> Tensor:
     return x.topk(x.shape[1], dim=1, largest=False).indices
 
 
-def most_important(plan: MergePlan, importance: Tensor) -> Tensor:
-    """The index of the most important token of each slot, `[B, slots]`.
-
-    Args:
-        plan: Where each token goes.
-        importance: `[B, N]`.
-    """
-    slots = torch.arange(plan.slots, device=plan.slot.device).unsqueeze(1)
-    member = plan.slot.unsqueeze(1) == slots
-    return torch.where(member, importance.unsqueeze(1), -torch.inf).argmax(dim=2)
-
-
 def compose(source: Tensor, slot: Tensor) -> Tensor:
     """Follow patches through one more plan.
 

@@ -44,8 +44,7 @@ def restore(tokens: Tensor, source_map: Tensor | None = None) -> Tensor:
             "Pass the very tensor that forward_features of a reduced model returned, outside of "
             "compiled code, or a source map: mergence.restore(tokens, source_map)."
         )
-    left = carry.patches if carry.size is None else carry.size.shape[1]
-    return restored(tokens, carry, prefix=tokens.shape[1] - left)
+    return restored(tokens, carry, prefix=tokens.shape[1] - carry.tokens)
 
 
 def restored(

@@ -47,6 +47,11 @@ class Carry:
     position: Tensor | None = None
     slots: tuple[Tensor, ...] = ()
 
+    @property
+    def tokens(self) -> int:
+        """How many patch tokens there are."""
+        return self.patches if self.size is None else self.size.shape[1]
+
     def source(self, tokens: int) -> Tensor | None:
         """The source map at the place where so many patch tokens were left.
 

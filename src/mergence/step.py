@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from mergence import ops
 from mergence.errors import ReducedOutputError
 from mergence.importance import attention_from, attention_received
-from mergence.plan import TokenView, most_important
+from mergence.plan import TokenView
 from mergence.program import Program, without_autocast
 from mergence.state import Carry, attach, attached
 
@@ -130,7 +131,7 @@ class BlockStep:
             run.lap("planning")
             merged, after = self.program.merged(x, size, carry, plan)
             if self.program.cost.placed and importance is not None:
-                position = most_important(plan, importance)
+                position = ops.most_important(plan, importance)
                 if carry.position is not None:
                     position = carry.position.gather(1, position)
                 after = replace(after, position=position)

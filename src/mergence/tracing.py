@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from mergence import ops
 from mergence.errors import MergenceError
-from mergence.plan import MergePlan, most_important
+from mergence.plan import MergePlan
 from mergence.program import program_of
 from mergence.state import Carry
 
@@ -71,7 +72,7 @@ class _Observer:
                 block=block,
                 source=source_after,
                 size=after.size,
-                anchor=anchor.gather(1, most_important(plan, importance)),
+                anchor=anchor.gather(1, ops.most_important(plan, importance)),
                 importance=torch.where(source < 0, torch.nan, at_patch),
             )
         )

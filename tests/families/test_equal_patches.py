@@ -28,7 +28,7 @@ APART = (
     "transformers-vitpose_backbone",
 )
 ONE_KERNEL = ("open_clip", "torchvision")
-FAST = {f"{f.name}-{next(iter(f.tiny()))}" for f in family.registry().values()}
+FAST = {f"{f.name}-{kind}" for f in family.registry().values() for kind in [*f.tiny()][:1]}
 CASES = [
     pytest.param(kind, kernel, marks=[] if kind in FAST else pytest.mark.slow)
     for kind in (f"{f.name}-{kind}" for f in family.registry().values() for kind in f.tiny())

@@ -91,6 +91,12 @@ def test_the_kernel_agrees_with_the_readable_one_on_many_tokens(place: torch.dev
     agree(fused, x, score, close=CLOSE[torch.bfloat16], same=False)
 
 
+@pytest.mark.parametrize("tokens", [cpu.WHOLE - 1, cpu.WHOLE + 1])
+def test_so_do_processors(tokens: int) -> None:
+    x, score = torch.randn(2, tokens, 32).bfloat16(), torch.rand(2, tokens)
+    agree(cpu, x, score, close=CLOSE[torch.bfloat16], same=False)
+
+
 @FAST
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kinds", [1, 3])

@@ -95,12 +95,13 @@ class Container:
     oldest: str = "4.57"
 
 
-def _name(architecture: str, cls: str) -> str:
+def full_name(architecture: str, cls: str) -> str:
+    """The qualified name of a class in the module of its architecture."""
     return f"transformers.models.{architecture}.modeling_{architecture}.{cls}"
 
 
 def _named(architecture: str, *classes: str) -> list[str]:
-    return [_name(architecture, cls) for cls in classes]
+    return [full_name(architecture, cls) for cls in classes]
 
 
 _PROJECTION = "embeddings.patch_embeddings.projection"
@@ -188,35 +189,35 @@ _LANGUAGE = (
 _REGISTERS = "dinov2_with_registers"
 
 TOWERS: dict[str, Tower] = {
-    _name("vit", "ViTModel"): _vit("ViT"),
-    _name("deit", "DeiTModel"): _vit("DeiT", prefix=2),
-    _name("vit_msn", "ViTMSNModel"): _vit("ViTMSN"),
-    _name("ijepa", "IJepaModel"): _vit("IJepa", prefix=0),
-    _name("vit_mae", "ViTMAEModel"): _vit("ViTMAE", masks="noise"),
-    _name("videomae", "VideoMAEModel"): _VIDEOMAE,
-    _name("audio_spectrogram_transformer", "ASTModel"): _vit("AST", prefix=2),
-    _name("dinov2", "Dinov2Model"): _dino("Dinov2"),
-    _name("dinov2", "Dinov2Backbone"): _dino("Dinov2", maps=True),
-    _name(_REGISTERS, "Dinov2WithRegistersModel"): _dino("Dinov2WithRegisters"),
-    _name(_REGISTERS, "Dinov2WithRegistersBackbone"): _dino("Dinov2WithRegisters", maps=True),
-    _name("dinov3_vit", "DINOv3ViTModel"): _DINOV3,
-    _name("dinov3_vit", "DINOv3ViTBackbone"): replace(_DINOV3, maps=True),
-    _name("vitpose_backbone", "VitPoseBackbone"): _VITPOSE,
-    _name("dpt", "DPTModel"): _DPT,
-    _name("aimv2", "Aimv2VisionModel"): _AIM,
-    _name("internvl", "InternVLVisionModel"): _INTERN,
-    _name("blip", "BlipVisionModel"): _clip("Blip", oldest="5.6"),
-    _name("blip_2", "Blip2VisionModel"): _clip("Blip2", oldest="5.6"),
-    _name("instructblip", "InstructBlipVisionModel"): _clip("InstructBlip", oldest="5.6"),
+    full_name("vit", "ViTModel"): _vit("ViT"),
+    full_name("deit", "DeiTModel"): _vit("DeiT", prefix=2),
+    full_name("vit_msn", "ViTMSNModel"): _vit("ViTMSN"),
+    full_name("ijepa", "IJepaModel"): _vit("IJepa", prefix=0),
+    full_name("vit_mae", "ViTMAEModel"): _vit("ViTMAE", masks="noise"),
+    full_name("videomae", "VideoMAEModel"): _VIDEOMAE,
+    full_name("audio_spectrogram_transformer", "ASTModel"): _vit("AST", prefix=2),
+    full_name("dinov2", "Dinov2Model"): _dino("Dinov2"),
+    full_name("dinov2", "Dinov2Backbone"): _dino("Dinov2", maps=True),
+    full_name(_REGISTERS, "Dinov2WithRegistersModel"): _dino("Dinov2WithRegisters"),
+    full_name(_REGISTERS, "Dinov2WithRegistersBackbone"): _dino("Dinov2WithRegisters", maps=True),
+    full_name("dinov3_vit", "DINOv3ViTModel"): _DINOV3,
+    full_name("dinov3_vit", "DINOv3ViTBackbone"): replace(_DINOV3, maps=True),
+    full_name("vitpose_backbone", "VitPoseBackbone"): _VITPOSE,
+    full_name("dpt", "DPTModel"): _DPT,
+    full_name("aimv2", "Aimv2VisionModel"): _AIM,
+    full_name("internvl", "InternVLVisionModel"): _INTERN,
+    full_name("blip", "BlipVisionModel"): _clip("Blip", oldest="5.6"),
+    full_name("blip_2", "Blip2VisionModel"): _clip("Blip2", oldest="5.6"),
+    full_name("instructblip", "InstructBlipVisionModel"): _clip("InstructBlip", oldest="5.6"),
     **{
-        _name(architecture, f"{names}VisionTransformer"): replace(
+        full_name(architecture, f"{names}VisionTransformer"): replace(
             _clip(names, prefix=0, oldest="5.6"), attention=f"{names}VisionAttention"
         )
         for architecture, names in _PADDED
     },
     **{
         # Before transformers 5.6 the model was a transformer in a module with no more in it.
-        _name(architecture, f"{names}{cls}"): tower
+        full_name(architecture, f"{names}{cls}"): tower
         for architecture, names, tower in _CLIPS
         for cls in ("VisionModel", "VisionTransformer")
     },

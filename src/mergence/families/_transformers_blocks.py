@@ -56,7 +56,7 @@ def attention(
         home = sys.modules[type(attn).__module__]
         q, k = home.apply_rotary_pos_emb(q, k, *position_embeddings)
     dropout = attn.attention_dropout if hasattr(attn, "attention_dropout") else attn.dropout
-    y = _attend(attn, q, k, v, bias, getattr(dropout, "p", dropout), **options)
+    y = attend(attn, q, k, v, bias, getattr(dropout, "p", dropout), **options)
     project = next(getattr(attn, name) for name in _OUT if hasattr(attn, name))
     return getattr(attn, "projection_dropout", _as_it_is)(project(y)), q, k
 
@@ -76,11 +76,11 @@ def split_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, 
     # Where heads can be pruned, in transformers 4, "eager" multiplies by what it is given, a mask
     # of heads.
     fused = hasattr(attn, "pruned_heads")
-    y = _attend(first, q, k, v, bias, first.dropout_prob, fused=fused, is_causal=False)
+    y = attend(first, q, k, v, bias, first.dropout_prob, fused=fused, is_causal=False)
     return attn.output(y, x), q, k
 
 
-def _attend(
+def attend(
     attn: Any,
     q: Tensor,
     k: Tensor,

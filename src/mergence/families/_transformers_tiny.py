@@ -130,6 +130,25 @@ def tiny_configuration(config: str, **options: Any) -> Any:
     return getattr(transformers, config)(**(size | {"num_labels": 5} | options))
 
 
+PACKED = {
+    "depth": 6,
+    "hidden_size": 48,
+    "embed_dim": 48,
+    "intermediate_size": 96,
+    "mlp_ratio": 2,
+    "num_heads": 3,
+    "patch_size": 4,
+    "image_size": 32,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [1, 3],
+    "in_channels": 3,
+    "window_size": 16,
+    "fullatt_block_indexes": [1, 4],
+}
+"""Sizes of a tower of packed patches, as the configurations of any call them."""
+
+
 def tiny_models() -> Mapping[str, Callable[[], nn.Module]]:
     """Builders of tiny random models, one for each kind."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -34,13 +35,7 @@ class ReducedTower:
             return dense.forward(*inputs, **options)
         refuse_mask(options.get("attention_mask"))
         require_additive(self.config, ReducedOutputError)
-        asked = options.get("output_attentions")
-        if self.config.output_attentions if asked is None else asked:
-            raise ReducedOutputError(
-                "output_attentions of a reduced model would have to return maps between the "
-                "original tokens, which are merged on the way. Leave it out, follow patches with "
-                "mergence.trace(model, images), or use mergence.disabled(model)."
-            )
+        refuse_attentions(self.config, options)
         rows, columns = grid_of(self.config, image.shape)
         program.tokens(rows * columns)  # refuses a size at which the schedule cannot be followed
         with run.forward((rows, columns)):
@@ -244,6 +239,17 @@ def require_all_patches(config: Any, error: type[Exception]) -> None:
             f"The model drops {config.mask_ratio:.0%} of the patches at random "
             f"(mask_ratio={config.mask_ratio:g}). Set model.config.mask_ratio = 0.0, or load "
             "the checkpoint with mask_ratio=0.0, to encode whole images."
+        )
+
+
+def refuse_attentions(config: Any, options: Mapping[str, Any]) -> None:
+    """Refuse to give out attention maps, which a configuration or an option asks for."""
+    asked = options.get("output_attentions")
+    if config.output_attentions if asked is None else asked:
+        raise ReducedOutputError(
+            "output_attentions of a reduced model would have to return maps between the "
+            "original tokens, which are merged on the way. Leave it out, follow patches with "
+            "mergence.trace(model, images), or use mergence.disabled(model)."
         )
 
 

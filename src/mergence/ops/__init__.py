@@ -18,7 +18,16 @@ from torch import Tensor
 from mergence.ops import cpu, dense, fused
 from mergence.plan import MergePlan
 
-__all__ = ["Cosines", "attend", "attention_of_row", "cosines", "merge", "norms", "split"]
+__all__ = [
+    "Cosines",
+    "attend",
+    "attention_of_row",
+    "cosines",
+    "merge",
+    "most_important",
+    "norms",
+    "split",
+]
 
 Cosines = dense.Cosines | cpu.Cosines | fused.Cosines
 
@@ -83,6 +92,17 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """
     parts: tuple[Tensor, Tensor] = _implementation(score).split(score, kept)
     return parts
+
+
+def most_important(plan: MergePlan, importance: Tensor) -> Tensor:
+    """The index of the most important token of each slot, `[B, slots]`; the first among equals.
+
+    Args:
+        plan: Where each token goes. Every slot has a token.
+        importance: `[B, N]`. No gradient flows.
+    """
+    index: Tensor = _implementation(importance).most_important(plan, importance)
+    return index
 
 
 def attention_of_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

@@ -12,11 +12,13 @@ from torch.nn import functional as F
 from mergence.ops import dense, products
 from mergence.plan import MergePlan, rows
 
-__all__ = ["Cosines", "attend", "attention_of_row", "merge", "split"]
+__all__ = ["Cosines", "attend", "attention_of_row", "merge", "most_important", "split"]
 
 TINY = torch.finfo(torch.float32).tiny
 BLOCK = 256
 """Cosines of more tokens than this are computed in blocks, which then fit into the cache."""
+WHOLE = 2048
+"""Those of more tokens than this in bfloat16, too, whose square should not be in memory."""
 
 
 def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
@@ -82,6 +84,20 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(place).scatter_(1, place, position), place
 
 
+def most_important(plan: MergePlan, importance: Tensor) -> Tensor:
+    """The most important token of each slot; see `mergence.ops.most_important`."""
+    importance = importance.detach()
+    batch, tokens = importance.shape
+    home = torch.where(plan.slot < 0, plan.slots, plan.slot)  # one more collects what is dropped
+    best = importance.new_full((batch, plan.slots + 1), -torch.inf)
+    best = best.scatter_reduce(1, home, importance, "amax")
+    position = torch.arange(tokens, device=home.device).expand(batch, -1)
+    position = torch.where(importance == best.gather(1, home), position, tokens)
+    first = torch.full_like(best, tokens, dtype=torch.int64)
+    first = first.scatter_reduce(1, home, position, "amin")[:, :-1]
+    return first.clamp(max=tokens - 1)  # NaN is none of its slot
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """Attention with a bias; see `mergence.ops.attend`."""
     graph = torch.compiler.is_compiling()
@@ -135,8 +151,9 @@ class Cosines(dense.Cosines):
         metric = rows(self._metric, order)
         number = metric.shape[1]
         # In float32 that half is not computed. In bfloat16 computing it takes less time than the
-        # copy that torch makes of a part of the tokens before it multiplies.
-        whole = self._product(metric, metric.mT) if metric.dtype == torch.bfloat16 else None
+        # copy that torch makes of a part of the tokens before it multiplies, if they are few.
+        few = metric.dtype == torch.bfloat16 and number <= WHOLE
+        whole = self._product(metric, metric.mT) if few else None
         not_above = torch.full((BLOCK, BLOCK), -4.0, dtype=metric.dtype, device=order.device).triu()
         found = []
         for first in range(0, number, BLOCK):

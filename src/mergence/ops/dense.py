@@ -121,6 +121,13 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     return ascending(place), place
 
 
+def most_important(plan: MergePlan, importance: Tensor) -> Tensor:
+    """The most important token of each slot; see `mergence.ops.most_important`."""
+    slots = torch.arange(plan.slots, device=plan.slot.device).unsqueeze(1)
+    member = plan.slot.unsqueeze(1) == slots
+    return torch.where(member, importance.unsqueeze(1), -torch.inf).argmax(dim=2)
+
+
 def attention_of_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """Attention of one query to all keys; see `mergence.ops.attention_of_row`."""
     return attention_of_logits((q @ k.transpose(2, 3)).float() * scale, bias)

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergence.ops import dense
+from mergence.ops import cpu, dense
 from mergence.plan import MergePlan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that the kernels know."""
 
 norms = dense.norms  # of what no kernel reads
+most_important = cpu.most_important
 
 
 def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Tensor, Tensor]:
