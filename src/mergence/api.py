@@ -75,7 +75,7 @@ def apply(
     _check_type(model)
     spec = families.find(model).inspect(model)
     learned = recipe.method.learned(spec.cost.dim)
-    _check_coarse(recipe.method, spec, learned)
+    _check_places(recipe.method, spec, learned)
     reference = next(spec.blocks[0].parameters())
     program = Program(
         method=recipe.method,
@@ -203,7 +203,7 @@ def describe(model: nn.Module) -> Description:
     )
 
 
-def _check_coarse(method: Method, spec: ModelSpec, learned: nn.Module | None) -> None:
+def _check_places(method: Method, spec: ModelSpec, learned: nn.Module | None) -> None:
     if method.coarse and not spec.coarse:
         raise OptionError(
             f"coarse={method.coarse}: mergence cannot read patches of this model coarsely; it can "
@@ -214,6 +214,11 @@ def _check_coarse(method: Method, spec: ModelSpec, learned: nn.Module | None) ->
         raise OptionError(
             f"coarse={method.coarse} beside a learned module, which needs all patches in their "
             "rows. Give only one of them."
+        )
+    if learned is not None and not spec.raster:
+        raise OptionError(
+            f"What '{method.name}' learns reads patches in their rows, and this model takes them "
+            "in another order. Give the method without it (mstm: fusion=False)."
         )
 
 

@@ -33,6 +33,7 @@ class ModelSpec:
         classes: How many class scores it gives; 0 where it answers with an embedding, tokens or
             maps.
         coarse: Whether it can read some patches coarsely; see `mergence.coarse`.
+        raster: Whether its patches are in raster order, as learned modules take them.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -42,6 +43,7 @@ class ModelSpec:
     parts: tuple[tuple[nn.Module, type], ...]
     classes: int
     coarse: bool = False
+    raster: bool = True
 
 
 class Family(ABC):

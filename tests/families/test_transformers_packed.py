@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mergence
-from mergence.errors import ReducedOutputError, ScheduleError, UnsupportedModelError
+from mergence.errors import OptionError, ReducedOutputError, ScheduleError, UnsupportedModelError
 from mergence.families._common import randomised
 from mergence.families._transformers_tiny import PACKED
 from mergence.families.transformers_packed import TOWERS
@@ -256,9 +256,8 @@ def test_what_cannot_be_right_is_refused(qwen: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="set_attn_implementation"):
         mergence.apply(qwen, macs=0.5)
     qwen.config._attn_implementation = "sdpa"
-    mergence.apply(qwen, "mstm", macs=0.6, fusion=True)
-    with pytest.raises(ReducedOutputError, match="learned module of 'mstm' reads rows of patches"):
-        qwen(x, GRIDS)
+    with pytest.raises(OptionError, match="'mstm' learns reads patches in their rows"):
+        mergence.apply(qwen, "mstm", macs=0.6, fusion=True)
     mergence.apply(qwen, schedule=[64, 32, 32, 32, 32, 32])
     qwen(x[:64], GRIDS[:1])
     with pytest.raises(ScheduleError, match="Counts can only fall"):

@@ -22,7 +22,6 @@ from mergence.program import Program
 from mergence.restoring import restored
 from mergence.state import Carry, attach, attached
 from mergence.step import BlockStep
-from mergence.surgery import LEARNED
 
 # What the library computes from the grids, unless it is given it.
 _COMPUTED = (
@@ -158,11 +157,6 @@ class ReducedPackedBlock:
                 "one image is not known. Call the model's forward, or use "
                 "mergence.disabled(model) to run single blocks. Gradient checkpointing must be "
                 "that with use_reentrant=False."
-            )
-        if getattr(self, LEARNED, None) is not None:
-            raise ReducedOutputError(
-                f"The learned module of '{step.program.method.name}' reads rows of patches, and "
-                "the patches of this model are in another order. Apply without it."
             )
         attach(hidden_states, known)  # gradient checkpointing calls again when the run is over
         x = hidden_states.view(-1, known.tokens, hidden_states.shape[-1])

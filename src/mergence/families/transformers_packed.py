@@ -176,6 +176,7 @@ class TransformersPacked(Family):
             block_mixin=ReducedPackedBlock,
             parts=tuple(parts),
             classes=0,
+            raster=False,
         )
 
     def _tower(self, model: nn.Module) -> tuple[Any, Packed]:
@@ -231,10 +232,11 @@ def _cost(tower: Any) -> ModelCost:
     )
 
 
-def _weights(module: nn.Module) -> int:
+def _weights(module: Any) -> int:
     """Weights of a linear layer or a convolution, and of nothing else."""
-    kind = (nn.Linear, nn.Conv2d, nn.Conv3d)
-    return int(module.weight.numel()) if isinstance(module, kind) else 0
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        return module.weight.numel()
+    return int(module.in_features * module.out_features) if hasattr(module, "in_features") else 0
 
 
 FAMILY = TransformersPacked()
