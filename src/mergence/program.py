@@ -80,11 +80,20 @@ class Program:
         # Sizes are tensors while torch.jit traces.
         patches = self.patches if patches is None else int(patches)
         if patches not in self._tokens:
-            tokens = self.schedule.tokens(self.setting(patches))
+            tokens = self._resolved(patches)
             if patches != self.patches:
                 self._check_learned(patches, tokens)
             self._tokens[patches] = tokens
         return self._tokens[patches]
+
+    def _resolved(self, patches: int) -> tuple[int, ...]:
+        try:
+            return self.schedule.tokens(self.setting(patches))
+        except ScheduleError:
+            if self.align is not None or self.multiple == 1 or patches == self.patches:
+                raise
+            # An image so small that what the device is fast at leaves no choice of counts.
+            return self.schedule.tokens(replace(self, align=1).setting(patches))
 
     def counts(self, patches: int | None = None) -> tuple[int, ...]:
         """Patch tokens after each block; see `tokens`."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mergence
+from mergence import schedule
 from mergence.errors import OptionError, ReducedOutputError, ScheduleError, UnsupportedModelError
 from mergence.families._common import randomised
 from mergence.families._transformers_tiny import PACKED
@@ -142,6 +143,21 @@ def test_patches_of_one_slot_have_one_value_and_slots_are_as_many_as_planned(qwe
             planned = program_of(qwen).counts(rows * columns)[index]
             for frame in image.split(rows * columns):
                 assert len(frame.unique(dim=0)) == planned
+
+
+@torch.no_grad()
+def test_an_image_that_is_too_small_for_the_multiples_of_a_device_has_other_counts(
+    deep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "multiple_on", lambda *_: 16)
+    x, grid = torch.randn(72, pixels(deep).shape[1]), torch.tensor([[1, 8, 8], [1, 2, 4]])
+    program = program_of(mergence.apply(deep, macs=0.67))
+    assert {count % 16 for count in program.counts()} == {0}
+    assert deep(x, grid).pooler_output.shape == (18, 48)
+    assert program.macs(8).total <= 0.67 * program.macs(8, dense=True).total
+    mergence.apply(deep, macs=0.67, align=16)
+    with pytest.raises(ScheduleError, match="out of reach"):
+        deep(x, grid)
 
 
 @torch.no_grad()
