@@ -175,10 +175,15 @@ def detected(model: Any, images: Tensor) -> Any:
     return model(words, images)
 
 
+def prompts(model: Any, images: Tensor, tokens: int) -> Tensor:
+    """So many tokens of each image, and 16 words."""
+    prompt = [model.config.image_token_id] * tokens + [9] * 16
+    return torch.tensor([prompt] * len(images), device=images.device)
+
+
 def begun(model: Any, images: Tensor, tokens: int = 256) -> Any:
     """The first word of an answer to 16 words and so many tokens of each image."""
-    prompt = [model.config.image_token_id] * tokens + [9] * 16
-    words = torch.tensor([prompt] * len(images), device=images.device)
+    words = prompts(model, images, tokens)
     return model(input_ids=words, pixel_values=images, logits_to_keep=1)
 
 
@@ -204,8 +209,7 @@ def begun_packed(model: Any, images: Tensor) -> Any:
     """The first word of an answer to 16 words and an image, which has a token for 2 x 2 patches."""
     patches, grid = packed(model.config.vision_config, images)
     tokens = int(grid[0].prod()) // model.config.vision_config.spatial_merge_size**2
-    prompt = [model.config.image_token_id] * tokens + [9] * 16
-    words = torch.tensor([prompt] * len(images), device=images.device)
+    words = prompts(model, images, tokens)
     kinds = (words == model.config.image_token_id).int()
     return model(
         input_ids=words,

@@ -34,7 +34,7 @@ class CoarseStem:
 
     def _conv_forward(self: Any, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         program: Program = self._mergence
-        if image.dtype in HALF and program.reduces and not program.run.disabled:
+        if embeds_by_product(program, image):
             return as_product(image, weight, bias)
         dense: Any = super(CoarseStem, self)
         y: Tensor = dense._conv_forward(image, weight, bias)
@@ -49,6 +49,11 @@ class CoarseTokens:
         dense: Any = super(CoarseTokens, self)
         program: Program = self._mergence
         return program.coarsened(dense.forward(*inputs, **options))
+
+
+def embeds_by_product(program: Program, image: Tensor) -> bool:
+    """Whether patches are embedded by a product: in half precision, where tokens leave."""
+    return image.dtype in HALF and program.reduces and not program.run.disabled
 
 
 def can_read_coarsely(stem: nn.Module, grid: tuple[int, int]) -> bool:

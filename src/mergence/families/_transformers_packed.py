@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergence.errors import ReducedOutputError
-from mergence.families._coarse import HALF
+from mergence.families._coarse import embeds_by_product
 from mergence.families._common import reduced_forward
 from mergence.families._transformers_blocks import attend, scale_of
 from mergence.families._transformers_towers import refuse_attentions, require_additive
@@ -109,12 +109,7 @@ class ReducedStem:
 
     def _conv_forward(self: Any, patch: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         program: Program = self._mergence
-        if (
-            patch.dtype in HALF
-            and program.reduces
-            and not program.run.disabled
-            and patch.shape[2:] == weight.shape[2:]
-        ):
+        if embeds_by_product(program, patch) and patch.shape[2:] == weight.shape[2:]:
             return F.linear(patch.flatten(1), weight.flatten(1), bias)[..., None, None, None]
         dense: Any = super(ReducedStem, self)
         y: Tensor = dense._conv_forward(patch, weight, bias)

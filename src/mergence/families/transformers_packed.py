@@ -12,7 +12,7 @@ each other. Whatever needs rows of patches (the multi-scale fusion) is therefore
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -48,46 +48,43 @@ class Packed:
         block: The class of its blocks.
         attention: The class of their attention.
         readers: Its modules that read a token for every patch: paths, of one module or of a list.
-        bare: What its last block gives out is what it calls its last hidden state.
     """
 
     architecture: str
     block: str
     attention: str
     readers: tuple[str, ...]
-    bare: bool = False
+
+    @property
+    def bare(self) -> bool:
+        """Whether what its last block gives out is its last hidden state, and only merged then."""
+        return "merger" in self.readers
 
 
-def _qwen(architecture: str, names: str, *readers: str) -> Packed:
-    block, attention = f"{names}VisionBlock", f"{names}VisionAttention"
-    return Packed(architecture, block, attention, ("merger", *readers), bare=True)
-
-
-def _glm(architecture: str, names: str) -> Packed:
-    block, attention = f"{names}VisionBlock", f"{names}VisionAttention"
-    return Packed(architecture, block, attention, ("post_layernorm",))
+def _packed(architecture: str, names: str, *readers: str) -> Packed:
+    """A tower whose classes begin with `names`."""
+    return Packed(architecture, f"{names}VisionBlock", f"{names}VisionAttention", readers)
 
 
 _DEEP = "deepstack_merger_list"
+_NORM = "post_layernorm"
 _TOWERS: dict[str, Packed] = {
-    "Qwen2VisionTransformerPretrainedModel": Packed(
-        "qwen2_vl", "Qwen2VLVisionBlock", "VisionAttention", ("merger",), bare=True
+    "Qwen2VisionTransformerPretrainedModel": replace(
+        _packed("qwen2_vl", "Qwen2VL", "merger"), attention="VisionAttention"
     ),
-    "Qwen2_5_VisionTransformerPretrainedModel": _qwen("qwen2_5_vl", "Qwen2_5_VL"),
-    "Qwen3VLVisionModel": _qwen("qwen3_vl", "Qwen3VL", _DEEP),
-    "Qwen3VLMoeVisionModel": _qwen("qwen3_vl_moe", "Qwen3VLMoe", _DEEP),
-    "Qwen3OmniMoeVisionEncoder": _qwen("qwen3_omni_moe", "Qwen3OmniMoe", "merger_list"),
-    "Qwen3_5VisionModel": _qwen("qwen3_5", "Qwen3_5"),
-    "Qwen3_5MoeVisionModel": _qwen("qwen3_5_moe", "Qwen3_5Moe"),
-    "Glm4vVisionModel": _glm("glm4v", "Glm4v"),
-    "Glm4vMoeVisionModel": _glm("glm4v_moe", "Glm4vMoe"),
-    "GlmOcrVisionModel": _glm("glm_ocr", "GlmOcr"),
-    "Ernie4_5_VLMoeVisionTransformerPretrainedModel": Packed(
-        "ernie4_5_vl_moe", "Ernie4_5_VLMoeVisionBlock", "Ernie4_5_VLMoeVisionAttention", ("ln",)
+    "Qwen2_5_VisionTransformerPretrainedModel": _packed("qwen2_5_vl", "Qwen2_5_VL", "merger"),
+    "Qwen3VLVisionModel": _packed("qwen3_vl", "Qwen3VL", "merger", _DEEP),
+    "Qwen3VLMoeVisionModel": _packed("qwen3_vl_moe", "Qwen3VLMoe", "merger", _DEEP),
+    "Qwen3OmniMoeVisionEncoder": _packed("qwen3_omni_moe", "Qwen3OmniMoe", "merger", "merger_list"),
+    "Qwen3_5VisionModel": _packed("qwen3_5", "Qwen3_5", "merger"),
+    "Qwen3_5MoeVisionModel": _packed("qwen3_5_moe", "Qwen3_5Moe", "merger"),
+    "Glm4vVisionModel": _packed("glm4v", "Glm4v", _NORM),
+    "Glm4vMoeVisionModel": _packed("glm4v_moe", "Glm4vMoe", _NORM),
+    "GlmOcrVisionModel": _packed("glm_ocr", "GlmOcr", _NORM),
+    "Ernie4_5_VLMoeVisionTransformerPretrainedModel": _packed(
+        "ernie4_5_vl_moe", "Ernie4_5_VLMoe", "ln"
     ),
 }
-
-
 _WHOLE = ("Model", "ForConditionalGeneration")
 TOWERS = {full_name(kind.architecture, cls): kind for cls, kind in _TOWERS.items()}
 CONTAINERS = tuple(
