@@ -77,7 +77,8 @@ def _headline(result: dict[str, Any]) -> str:
 def _section(name: str, result: dict[str, Any], docs: Path) -> str:
     dense, *rows = result["results"]
     measured = (
-        f"{result['model']} on {result['images']} images of {result['data']}, fp32, no training. "
+        f"{result['model']} on {result['images']} images of {result['data']}, "
+        f"{result.get('dtype', 'float32')}, no training. "
         f"Dense: top-1 {dense['top1']:.2f}. {result['cpu']} CPU, {result['threads']} threads, "
         f"torch {result['torch']}, timm {result['timm']}; calibrated on {result['calibrated_on']}."
     )

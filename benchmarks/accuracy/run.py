@@ -62,6 +62,7 @@ def main() -> None:
             loaded.model,
             loader(data, batch_size=arguments.batch_size),
             runs,
+            dtype=getattr(torch, arguments.dtype),
             model_name=Path(arguments.model).name,
             data_name=Path(arguments.data).name,
             progress=lambda images: bar.advance(task, images),
@@ -75,6 +76,7 @@ def main() -> None:
         "timm": timm.__version__,
         "mergence": mergence.__version__,
         "seed": arguments.seed,
+        "dtype": arguments.dtype,
         "calibrated_on": _source(arguments, recipes),
     }
     arguments.out.write_text(json.dumps({**machine, **result.to_dict()}, indent=1) + "\n")
@@ -93,6 +95,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="validation images, spread over the classes")
     parser.add_argument("--input-size", type=int, help="side of the images, if not the model's own")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--dtype", default="float32", help="of the evaluation, say bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
