@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from mergence import family
+from mergence import family, ops
 from mergence.plan import TokenView
 
 # Derandomised: a red run can be repeated, and a green one stays green on another machine.
@@ -44,6 +44,45 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def merges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each merge of the test: the patch tokens before and after it, and the slots."""
+    plain, found = ops.merge, []
+
+    def merge(x: Tensor, size: Tensor, plan: Any, prefix: int = 0) -> tuple[Tensor, Tensor]:
+        merged, sizes = plain(x, size, plan, prefix)
+        found.append((x[:, prefix:], merged[:, prefix:], plan.slot))
+        return merged, sizes
+
+    monkeypatch.setattr(ops, "merge", merge)
+    return found
+
+
+@pytest.fixture(scope="session")
+def by_hand() -> Callable[..., Tensor]:
+    """Gives every patch its value, one by one, from tokens `[B, N, C]` and the merges before."""
+
+    def one(now: Tensor, before: Tensor, after: Tensor, slot: Tensor) -> Tensor:
+        a, b = now - now.mean(dim=0), after - after.mean(dim=0)
+        left = float((a * b).sum() / b.square().sum()) if len(b) > 1 else 1.0
+        left = min(max(left, 0.0), 1.0)
+        zero = torch.zeros_like(now[0])
+        return torch.stack(
+            [
+                (now[s] if s >= 0 else zero) + left * (x - (after[s] if s >= 0 else zero))
+                for x, s in zip(before, slot.tolist(), strict=True)
+            ]
+        )
+
+    def every(tokens: Tensor, merges: Any) -> Tensor:
+        full = list(tokens)
+        for step in reversed([step for step in merges if step[0].shape[1] > tokens.shape[1]]):
+            full = [one(now, *parts) for now, *parts in zip(full, *step, strict=True)]
+        return torch.stack(full)
+
+    return every
 
 
 @pytest.fixture(scope="session")

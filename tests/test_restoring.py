@@ -1,7 +1,9 @@
-"""`mergence.restore`: each patch looks its slot up."""
+"""`mergence.restore`: each patch has its slot's value, and what set it apart from that."""
 
 from __future__ import annotations
 
+import copy
+import io
 from typing import Any
 
 import pytest
@@ -14,6 +16,10 @@ import mergence
 from mergence import family
 from mergence.errors import ReducedOutputError
 from mergence.method import names
+from mergence.plan import MergePlan
+from mergence.program import program_of
+from mergence.restoring import restored
+from mergence.state import Carry, Merge
 
 
 @given(
@@ -25,17 +31,17 @@ def test_each_patch_gets_the_value_of_its_slot_and_dropped_ones_zeros(
     source: list[list[int]], dtype: torch.dtype, index: torch.dtype
 ) -> None:
     tokens = torch.arange(1, len(source) * 4 * 2 + 1).reshape(len(source), 4, 2).to(dtype)
-    restored = mergence.restore(tokens, torch.tensor(source, dtype=index))
+    full = mergence.restore(tokens, torch.tensor(source, dtype=index))
     zeros = torch.zeros(2, dtype=dtype)
     for image, slots in enumerate(source):
         expected = [tokens[image, slot] if slot >= 0 else zeros for slot in slots]
-        assert torch.equal(restored[image], torch.stack(expected))
+        assert torch.equal(full[image], torch.stack(expected))
 
 
 def test_what_is_not_a_number_in_a_token_stays_out_of_dropped_patches() -> None:
     tokens = torch.tensor([[[float("nan")], [2.0]]])
-    restored = mergence.restore(tokens, torch.tensor([[-1, 1, -1]]))
-    assert restored.flatten().tolist() == [0.0, 2.0, 0.0]
+    full = mergence.restore(tokens, torch.tensor([[-1, 1, -1]]))
+    assert full.flatten().tolist() == [0.0, 2.0, 0.0]
 
 
 def test_gradients_of_a_slot_are_summed_over_its_patches() -> None:
@@ -45,17 +51,54 @@ def test_gradients_of_a_slot_are_summed_over_its_patches() -> None:
     assert tokens.grad.flatten().tolist() == [3.0, 1.0]
 
 
+@given(
+    st.lists(st.lists(st.integers(-1, 2), min_size=6, max_size=6), min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_a_merge_is_undone_where_it_happens(slots: list[list[int]], keep_norm: bool) -> None:
+    # Every slot has a token.
+    slot = torch.tensor([[*range(3), *image[3:]] for image in slots])
+    program = program_of(mergence.apply(family.registry()["timm"].tiny()["vit"](), keep_rate=0.6))
+    x, size = torch.randn(len(slot), 1 + 6, 48).double(), torch.rand(slot.shape) + 0.5
+    plan = MergePlan(slot, size, 3, keep_norm)
+    carry = Carry(patches=6, every_patch=True)
+    merged, after = program.merged(x, size, carry, plan)
+    torch.testing.assert_close(restored(merged, after, prefix=1), x)
+    # One that was alone goes on as it is.
+    gone_on = torch.randn_like(merged)
+    found = restored(gone_on, after, prefix=1)
+    for image, homes in enumerate(slot.tolist()):
+        for token, home in enumerate(homes):
+            if homes.count(home) == 1 and home >= 0:
+                assert torch.equal(found[image, 1 + token], gone_on[image, 1 + home])
+
+
+def test_a_single_token_leaves_patches_as_far_apart_as_they_were() -> None:
+    apart = torch.tensor([[[-1.0, 0.0], [1.0, 0.0]]])
+    merge = Merge(torch.zeros(1, 2).long(), torch.tensor([[[5.0, 5.0]]]), apart)
+    token = torch.tensor([[[7.0, 1.0]]], requires_grad=True)
+    found = restored(token, Carry(patches=2, merges=(merge,)))
+    assert found.tolist() == [[[6.0, 1.0], [8.0, 1.0]]]
+    found.sum().backward()
+    assert token.grad is not None
+    assert token.grad.tolist() == [[[2.0, 2.0]]]
+
+
 @pytest.mark.parametrize("method", names())
 @torch.no_grad()
-def test_a_traced_map_restores_what_forward_features_restores(method: str) -> None:
+def test_what_forward_features_returns_is_restored_before_its_norm(
+    method: str, merges: Any, by_hand: Any
+) -> None:
     model: Any = family.registry()["timm"].tiny()["deit_distilled"]()
     mergence.apply(model, method, keep_rate=0.6)
     image = torch.randn(2, 3, 96, 96)
+    last: list[torch.Tensor] = []
+    model.blocks[-1].register_forward_hook(lambda *a: last.append(a[2]))
     features = model.forward_features(image)
-    source = mergence.trace(model, image).points[-1].source
     full = mergence.restore(features)
+    expected = model.norm(by_hand(last[0][:, 2:], merges))
+    torch.testing.assert_close(full[:, 2:], expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(full[:, :2], features[:, :2])
-    assert torch.equal(full[:, 2:], mergence.restore(features[:, 2:], source))
     with mergence.disabled(model):
         dense = model.forward_features(image)
         assert full.shape == dense.shape
@@ -78,6 +121,22 @@ def test_a_map_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ReducedOutputError, match=message):
         mergence.restore(torch.zeros(tokens), source)
+
+
+@torch.no_grad()
+def test_files_of_features_hold_features_alone_and_copies_remember() -> None:
+    model: Any = mergence.apply(family.registry()["timm"].tiny()["vit"](), keep_rate=0.6)
+    features = model.forward_features(torch.randn(1, 3, 96, 96))
+    file, plain = io.BytesIO(), io.BytesIO()
+    torch.save(features, file)
+    torch.save(features.clone(), plain)
+    assert file.tell() < plain.tell() + 1024
+    file.seek(0)
+    loaded = torch.load(file)  # which by itself takes tensors alone
+    assert torch.equal(loaded, features)
+    with pytest.raises(ReducedOutputError, match="do not remember"):
+        mergence.restore(loaded)
+    assert torch.equal(mergence.restore(copy.deepcopy(features)), mergence.restore(features))
 
 
 @torch.no_grad()

@@ -95,6 +95,14 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
     return F.embedding(first + index, x.flatten(0, 1))
 
 
+def spread(x: Tensor, slot: Tensor) -> Tensor:
+    """Give every token what is in its slot: `x [B, slots, C]`, `slot [B, N]` -> `[B, N, C]`.
+
+    Zeros where it was dropped.
+    """
+    return rows(x, slot.clamp(min=0)).masked_fill((slot < 0).unsqueeze(2), 0)
+
+
 def without_nan(x: Tensor, value: float) -> Tensor:
     """The tensor with a value in place of NaN."""
     # Not by torch.nan_to_num, which OpenVINO's converter does not know.

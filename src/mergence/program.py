@@ -13,10 +13,10 @@ from mergence import coarse, ops, surgery
 from mergence.errors import MergenceError, ReducedOutputError, ScheduleError
 from mergence.macs import Macs, ModelCost, ReductionCost, count
 from mergence.method import Method
-from mergence.plan import MergePlan
+from mergence.plan import MergePlan, spread
 from mergence.schedule import Schedule
 from mergence.setting import Setting
-from mergence.state import Carry, Run, Runs
+from mergence.state import Carry, Merge, Run, Runs
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,13 @@ class Program:
             `[B, P + slots, C]` and what is known about these tokens.
         """
         merged, size = ops.merge(x, size, plan, self.prefix)
+        merge = Merge(plan.slot)
+        if carry.every_patch:
+            slots = merged[:, self.prefix :]
+            merge = Merge(plan.slot, slots, x[:, self.prefix :] - spread(slots, plan.slot))
         factor = self.method.size_attention
         bias = _size_bias(size, self.prefix, x.dtype, factor) if factor else None
-        return merged, replace(carry, size=size, bias=bias, slots=(*carry.slots, plan.slot))
+        return merged, replace(carry, size=size, bias=bias, merges=(*carry.merges, merge))
 
     def read(
         self,
@@ -228,7 +232,7 @@ class Program:
         run, regions = self.run, self._coarse_regions(x.shape[1] - self.prefix)
         if not regions:
             return x
-        if run.readings is None or run.grid is None:
+        if run.readings is None or run.grid is None or (known := run.known()) is None:
             raise ReducedOutputError(
                 "Some patches are to be read coarsely, and the images did not pass the patch "
                 "embedding that the model had when mergence was applied. If the model's was "
@@ -242,7 +246,7 @@ class Program:
             # Each patch of a chosen region takes its embedding; their mean has the mean position.
             patches = x[:, self.prefix :] + change * chosen.unsqueeze(2).to(x.dtype)
             x = torch.cat((x[:, : self.prefix], patches), dim=1)
-            x, run.carry = self.merged(x, plan.weight, Carry(fine.shape[1], run.grid), plan)
+            x, run.carry = self.merged(x, plan.weight, known, plan)
         if run.observer is not None:
             run.observer.reduced(0, run.carry, plan, coarse.spread(loss, run.grid).exp())
         return x

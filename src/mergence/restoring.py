@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mergence.errors import ReducedOutputError
-from mergence.plan import rows
+from mergence.plan import spread
 from mergence.state import Carry, attached
 
 
-def restore(tokens: Tensor, source_map: Tensor | None = None) -> Tensor:
-    """Give every patch the value of the token that it was merged into.
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
-    A patch that a method dropped gets zeros: nothing was computed for it, and no value of another
-    patch is more right than any other.
+
+def restore(tokens: Tensor, source_map: Tensor | None = None) -> Tensor:
+    """Give every patch a value again.
+
+    It is the value of the token that the patch was merged into, plus what set the two apart when
+    they were merged: what later blocks add to the residual stream they add to the token. Of that
+    difference as much is left as of those between the tokens that went on, by least squares, for
+    each image and each reduction. So a merge is undone exactly where it happens. A patch that a
+    method dropped has its value of then, in the same share. This project's own; ToMe for Stable
+    Diffusion (arXiv 2303.17604, section 3), which restores after every layer, copies the token.
 
     Example:
         >>> features = mergence.restore(model.forward_features(images))  # [B, P + patches, C]
@@ -24,8 +34,10 @@ def restore(tokens: Tensor, source_map: Tensor | None = None) -> Tensor:
     Args:
         tokens: `[B, slots, C]` patch tokens after a reduction. Without `source_map`, the very
             tensor that `forward_features` of a reduced model returned: `[B, P + slots, C]`, which
-            remembers its map.
-        source_map: `[B, patches]` integers, the slot of each patch, -1 where it was dropped.
+            remembers what was merged.
+        source_map: `[B, patches]` integers, the slot of each patch, -1 where it was dropped. Of
+            such tokens nothing else is known: patches of a token share its value, and those that
+            were dropped get zeros.
 
     Returns:
         `[B, patches, C]` in raster order. Without `source_map`, `[B, P + patches, C]`: the prefix
@@ -36,7 +48,7 @@ def restore(tokens: Tensor, source_map: Tensor | None = None) -> Tensor:
     """
     if source_map is not None:
         _check(tokens, source_map)
-        return _spread(tokens, source_map)
+        return spread(tokens, source_map.long())
     carry = attached(tokens)
     if carry is None:
         raise ReducedOutputError(
@@ -53,6 +65,7 @@ def restored(
     grid: tuple[int, int] | None = None,
     *,
     prefix: int = 0,
+    norm: Callable[[Tensor], Tensor] = _as_it_is,
 ) -> Tensor:
     """Restore patch tokens of any block of a forward.
 
@@ -61,25 +74,50 @@ def restored(
         carry: What was known at the end of that forward, or later than that block.
         grid: Rows and columns of patches to fold the result into, or None. Not with a prefix.
         prefix: P, the prefix tokens that stay in front.
+        norm: What the tokens are to pass when every patch has one, if they did not yet.
 
     Returns:
-        `[B, P + patches, C]`, the same tensor where nothing had been reduced;
-        `[B, C, rows, columns]` with a grid.
+        `[B, P + patches, C]`; `[B, C, rows, columns]` with a grid.
     """
-    source = None if carry is None else carry.source(tokens.shape[1] - prefix)
-    full = tokens
-    if source is not None:
-        full = _spread(tokens[:, prefix:], source)
-        if prefix:
-            full = torch.cat((tokens[:, :prefix], full), dim=1)
+    if carry is not None:
+        tokens, norm = carry.unnormed or (tokens, norm)
+        tokens = _unmerged(tokens, carry, prefix)
+    full = norm(tokens)
     if grid is None:
         return full
     return full.transpose(1, 2).reshape(full.shape[0], -1, *grid).contiguous()
 
 
-def _spread(tokens: Tensor, source: Tensor) -> Tensor:
-    values = rows(tokens, source.long().clamp(min=0))
-    return values.masked_fill((source < 0).unsqueeze(2), 0)
+def _unmerged(tokens: Tensor, carry: Carry, prefix: int) -> Tensor:
+    merges = carry.until(tokens.shape[1] - prefix)
+    if not merges:
+        return tokens
+    full = tokens[:, prefix:]
+    for merge in reversed(merges):
+        slots, full = full, spread(full, merge.slot)
+        if merge.merged is not None and merge.apart is not None:
+            full = full + merge.apart * _what_is_left(slots, merge.merged).to(full.dtype)
+    return torch.cat((tokens[:, :prefix], full), dim=1) if prefix else full
+
+
+def _what_is_left(now: Tensor, then: Tensor) -> Tensor:
+    """Which share of what set the tokens of an image apart from each other still does.
+
+    Args:
+        now: `[B, N, C]`.
+        then: The same tokens before.
+
+    Returns:
+        `[B, 1, 1]` from 0 to 1, by least squares; 1 where nothing did, as with a single token.
+    """
+    exact = torch.promote_types(now.dtype, torch.float32)
+    now, then = (x.to(exact) for x in (now, then))
+    now, then = (x - x.mean(dim=1, keepdim=True) for x in (now, then))
+    total = then.square().sum(dim=(1, 2), keepdim=True)
+    product = (now * then).sum(dim=(1, 2), keepdim=True)
+    share = product / torch.where(total > 0, total, 1.0)  # a gradient, too, knows no 0 / 0
+    # More than all of it is noise where tokens hardly differ.
+    return torch.where(total > 0, share, 1.0).clamp(0, 1)
 
 
 def _check(tokens: Tensor, source: Tensor) -> None:

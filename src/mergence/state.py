@@ -9,9 +9,10 @@ runs again during the backward pass, possibly in another thread).
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,22 @@ from torch import Tensor
 from mergence.plan import compose
 
 _ATTRIBUTE = "_mergence_carry"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What became of the tokens in one reduction.
+
+    Attributes:
+        slot: `[B, N]` the slot of each token, or -1.
+        merged: `[B, slots, C]` what the slots became; None where nobody is to ask for it.
+        apart: `[B, N, C]` what set each token apart from that, all of it where it was dropped; None
+            as well.
+    """
+
+    slot: Tensor
+    merged: Tensor | None = None
+    apart: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,8 +53,12 @@ class Carry:
         position: `[B, N]` int64, the patch whose place each patch token has: the most important
             one in it. Kept only for models whose blocks look at places; None before the first
             reduction.
-        slots: The map of each reduction so far, `[B, N]` slot of each token or -1. Kept as they are
-            and composed when asked, so that a forward nobody asks pays nothing.
+        merges: The reductions so far. Their maps are kept as they are and composed when asked, so
+            that a forward nobody asks pays nothing.
+        every_patch: Whether every patch is to have a value again, and so what sets tokens apart is
+            kept.
+        unnormed: What tokens that passed a norm after the last block were before it, and the norm;
+            None for others. What sets tokens apart is of those before it.
     """
 
     patches: int
@@ -45,17 +66,31 @@ class Carry:
     size: Tensor | None = None
     bias: Tensor | None = None
     position: Tensor | None = None
-    slots: tuple[Tensor, ...] = ()
+    merges: tuple[Merge, ...] = ()
+    every_patch: bool = False
+    unnormed: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
+
+    def __reduce__(self) -> tuple[type[OrderedDict[str, Any]], tuple[()]]:
+        # A file of a tensor holds the tensor alone. Empty, and of a type that torch.load takes.
+        return OrderedDict, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Carry:
+        return self
 
     @property
     def tokens(self) -> int:
         """How many patch tokens there are."""
         return self.patches if self.size is None else self.size.shape[1]
 
-    def source(self, tokens: int) -> Tensor | None:
-        """The source map at the place where so many patch tokens were left.
+    def until(self, tokens: int) -> list[Merge]:
+        """The reductions until so many patch tokens were left.
 
         Every reduction removes tokens, so their number tells the place.
+        """
+        return [merge for merge in self.merges if merge.slot.shape[1] > tokens]
+
+    def source(self, tokens: int) -> Tensor | None:
+        """The source map at the place where so many patch tokens were left.
 
         Args:
             tokens: Patch tokens there.
@@ -64,9 +99,8 @@ class Carry:
             `[B, patches]` slot of each patch, -1 where dropped; None where none was reduced yet.
         """
         source = None
-        for slot in self.slots:
-            if slot.shape[1] > tokens:
-                source = slot if source is None else compose(source, slot)
+        for merge in self.until(tokens):
+            source = merge.slot if source is None else compose(source, merge.slot)
         return source
 
 
@@ -94,6 +128,8 @@ class Run:
     Attributes:
         active: Whether a forward is under way.
         carry: What is known about the tokens now; None before the first block that looks.
+        last: What the last block so far gave out, where every patch is to have a value again.
+        every_patch: Whether it is, in this forward; see `Carry`.
         grid: Patch rows and columns of the images of this forward.
         readings: Where some patches are read coarsely, from the patch embedding until they join:
             the embeddings of the patches, `[B, N, C]`, and those of the regions at half the
@@ -109,6 +145,8 @@ class Run:
         # the instance, which ends with the first forward.
         self.active: bool = False
         self.carry: Carry | None = None
+        self.last: Tensor | None = None
+        self.every_patch: bool = False
         self.grid: tuple[int, int] | None = None
         self.readings: tuple[Tensor, Tensor] | None = None
         self.observer: Any = None
@@ -117,22 +155,28 @@ class Run:
         self.averaged: bool = False
 
     @contextmanager
-    def forward(self, grid: tuple[int, int]) -> Iterator[Run]:
+    def forward(self, grid: tuple[int, int], *, every_patch: bool = False) -> Iterator[Run]:
         """Mark a model's forward; inner calls join the outer one.
 
         The run is reset on entry and on exit, so that nothing of an earlier forward, also of one
         that failed, can reach a later one.
+
+        Args:
+            grid: Patch rows and columns.
+            every_patch: Whether what it gives out may be asked for a value for every patch.
         """
         if self.active:
             yield self
             return
         self.active, self.carry, self.grid, self.readings = True, None, grid, None
+        self.every_patch, self.last = every_patch, None
         if self.observer is not None:
             self.observer.grid = grid
         try:
             yield self
         finally:
             self.active, self.carry, self.grid, self.readings = False, None, None, None
+            self.every_patch, self.last = False, None
 
     @contextmanager
     def averaging(self) -> Iterator[None]:
@@ -154,8 +198,16 @@ class Run:
     def known(self) -> Carry | None:
         """What is known about the tokens now; before any reduction, that they are all there."""
         if self.carry is None and self.grid is not None:
-            return Carry(patches=self.grid[0] * self.grid[1], grid=self.grid)
+            patches = self.grid[0] * self.grid[1]
+            return Carry(patches, self.grid, every_patch=self.every_patch)
         return self.carry
+
+    def known_after(self, norm: Callable[[Tensor], Tensor] | None) -> Carry | None:
+        """What is known about tokens that passed a norm after the last block."""
+        known = self.known()
+        if known is None or not known.merges or self.last is None or norm is None:
+            return known
+        return replace(known, unnormed=(self.last, norm))
 
 
 def attach(x: Tensor, carry: Carry | None) -> None:
@@ -165,5 +217,5 @@ def attach(x: Tensor, carry: Carry | None) -> None:
 
 
 def attached(x: Tensor) -> Carry | None:
-    """The carry that a tensor remembers."""
-    return getattr(x, _ATTRIBUTE, None)
+    """The carry that a tensor remembers; one from a file remembers none."""
+    return getattr(x, _ATTRIBUTE, None) or None

@@ -69,6 +69,7 @@ class BlockStep:
         run = self.program.run
         if run.active:
             run.carry = carry
+            run.last = x if carry.every_patch else None
         attach(x, carry)
 
     def reduce(

@@ -87,14 +87,17 @@ def test_pooling_in_the_tower_is_by_size(image: Tensor) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("layout", ["NCHW", "NLC"])
 @pytest.mark.parametrize("kind", ["clip", "timm_trunk"])
-def test_intermediates_have_a_value_for_every_patch(kind: str, layout: str, image: Tensor) -> None:
+def test_intermediates_have_a_value_for_every_patch(
+    kind: str, layout: str, image: Tensor, merges: Any, by_hand: Any
+) -> None:
     model = tiny(kind)
+    tower = model.visual.transformer.resblocks if kind == "clip" else model.trunk.blocks
+    both = "normalize_intermediates", "image_output_fmt"
+    names = both if kind == "clip" else (both[0], "output_fmt")
 
-    def ask() -> list[Tensor]:
-        name = "image_output_fmt" if kind == "clip" else "output_fmt"
-        maps: list[Tensor] = model.forward_intermediates(image, **{name: layout})[
-            "image_intermediates"
-        ]
+    def ask(normed: bool = False) -> list[Tensor]:
+        form = dict(zip(names, (normed, layout), strict=True))
+        maps: list[Tensor] = model.forward_intermediates(image, **form)["image_intermediates"]
         return maps
 
     expected = ask()
@@ -105,10 +108,15 @@ def test_intermediates_have_a_value_for_every_patch(kind: str, layout: str, imag
     assert [y.shape for y in found] == [y.shape for y in expected]
     assert torch.equal(found[0], expected[0])
     assert not torch.equal(found[5], expected[5])
-    source = mergence.trace(model, image).points[-1].source
-    last = found[5].flatten(2).transpose(1, 2) if layout == "NCHW" else found[5]
-    for values, slots in zip(last, source, strict=True):
-        assert len(values.unique(dim=0)) == len(slots.unique())
+    merges.clear()
+    last: list[Tensor] = []
+    tower[-1].register_forward_hook(lambda *a: last.append(a[2]))
+    norm = model.visual.ln_post if kind == "clip" else model.trunk.norm
+    for normed, after in ((False, nn.Identity()), (True, norm)):
+        maps = ask(normed)[5]
+        values = by_hand(last[-1][:, 1 if kind == "clip" else 0 :], merges[-3:])
+        full = maps.flatten(2).transpose(1, 2) if layout == "NCHW" else maps
+        torch.testing.assert_close(full, after(values), rtol=1e-5, atol=1e-5)
     with mergence.disabled(model):
         assert all(torch.equal(a, b) for a, b in zip(ask(), expected, strict=True))
 

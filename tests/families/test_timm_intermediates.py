@@ -51,18 +51,6 @@ def flat(value: Any) -> list[Tensor]:
     return [tensor for part in values for tensor in flat(part)]
 
 
-def by_hand(y: Tensor, prefix: int, source: Tensor | None) -> Tensor:
-    """The patch tokens of a block's output, each patch looked up on its own."""
-    if source is None:
-        return y[:, prefix:]
-    found = torch.zeros(*source.shape, y.shape[2], dtype=y.dtype)
-    for image, slots in enumerate(source.tolist()):
-        for patch, slot in enumerate(slots):
-            if slot >= 0:
-                found[image, patch] = y[image, prefix + slot]
-    return found
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_with_nothing_reduced_all_is_bit_identical(model: Any, form: Any, image: Tensor) -> None:
@@ -100,29 +88,36 @@ def test_a_reduced_model_answers_in_the_same_form(model: Any, form: Any, image: 
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["mergence", "topk"])
-def test_every_patch_has_the_value_of_its_slot_at_every_block(
-    model: Any, method: str, image: Tensor
+def test_every_patch_has_its_value_at_every_block(
+    model: Any, method: str, image: Tensor, merges: Any, by_hand: Any
 ) -> None:
     prefix = model.num_prefix_tokens
     mergence.apply(model, method, schedule=mergence.Counts(after=(12, 7, 7, 3), of=12))
     outputs: list[Tensor] = []
     for block in model.blocks:
         block.register_forward_hook(lambda module, x, y: outputs.append(y))
-    second, fourth = (point.source for point in mergence.trace(model, image).points)
-    expected = [
-        by_hand(y, prefix, source)
-        for y, source in zip(outputs, (None, second, second, fourth), strict=True)
-    ]
     _, tokens = model.forward_intermediates(image, output_fmt="NLC")
+    expected = [by_hand(y[:, prefix:], merges) for y in outputs]
     _, grids = model.forward_intermediates(image)
-    for want, found, grid in zip(expected, tokens, grids, strict=True):
-        assert torch.equal(found, want)
-        assert torch.equal(grid, want.transpose(1, 2).reshape(2, 24, 4, 3))
-    assert (method == "topk") == bool((tokens[-1] == 0).all(dim=2).any())
-    assert torch.equal(
-        mergence.restore(model.forward_features(image))[:, prefix:],
-        (model.forward_intermediates(image, 1, norm=True, output_fmt="NLC")[1][0]),
-    )
+    _, normed = model.forward_intermediates(image, output_fmt="NLC", norm=True)
+    for want, found, norm, grid in zip(expected, tokens, normed, grids, strict=True):
+        torch.testing.assert_close(found, want)
+        torch.testing.assert_close(norm, model.norm(want))
+        assert torch.equal(grid, found.transpose(1, 2).reshape(2, 24, 4, 3))
+    assert torch.equal(mergence.restore(model.forward_features(image))[:, prefix:], normed[-1])
+
+
+@torch.no_grad()
+def test_prefix_tokens_beside_maps_are_normed_as_well(model: Any, image: Tensor) -> None:
+    if not model.num_prefix_tokens:
+        pytest.skip("it has none")
+    mergence.apply(model, keep_rate=0.6)
+    form = {"return_prefix_tokens": True, "output_dict": True}
+    plain = model.forward_intermediates(image, **form)["image_intermediates_prefix"]
+    normed = model.forward_intermediates(image, norm=True, **form)["image_intermediates_prefix"]
+    assert all(torch.equal(a, model.norm(b)) for a, b in zip(normed, plain, strict=True))
+    tuples = model.forward_intermediates(image, norm=True, return_prefix_tokens=True)[1]
+    assert all(torch.equal(a, b[1]) for a, b in zip(normed, tuples, strict=True))
 
 
 @torch.no_grad()

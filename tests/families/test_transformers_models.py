@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import mergence
 from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.families._common import randomised
+from mergence.families._transformers import TOWERS, entry
+from mergence.families._transformers_releases import as_built
 from mergence.families._transformers_tiny import tiny_configuration
-from mergence.families.transformers import FAMILY
+from mergence.families.transformers import FAMILY, _opened
 from mergence.outputs import answer
 
 TEXT = torch.tensor([[1, 5, 9, 2], [1, 7, 3, 2], [1, 4, 4, 2]])
@@ -161,7 +163,9 @@ def test_hidden_states_are_those_of_the_tokens_there_are(image: Tensor) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["vit_pooler", "dinov2_reg", "dinov3", "siglip"])
-def test_hidden_states_give_every_patch_its_value_back(kind: str, image: Tensor) -> None:
+def test_hidden_states_give_every_patch_its_value_back(
+    kind: str, image: Tensor, merges: Any, by_hand: Any
+) -> None:
     model = tiny(kind)
     dense = model(image, output_hidden_states=True)
     mergence.apply(model, "mergence", keep_rate=0.6)
@@ -169,19 +173,48 @@ def test_hidden_states_give_every_patch_its_value_back(kind: str, image: Tensor)
     full = [mergence.restore(h) for h in found.hidden_states]
     assert [h.shape for h in full] == [h.shape for h in dense.hidden_states]
     assert torch.equal(full[0], dense.hidden_states[0])
-    prefix, points = mergence.describe(model).prefix, mergence.trace(model, image).points
-    for point in points:
-        tokens = found.hidden_states[point.block]
-        by_map = mergence.restore(tokens[:, prefix:], point.source)
-        assert torch.equal(full[point.block][:, prefix:], by_map)
-        assert torch.equal(full[point.block][:, :prefix], tokens[:, :prefix])
+    prefix = mergence.describe(model).prefix
+    for tokens, whole in zip(found.hidden_states[:-1], full, strict=False):
+        values = by_hand(tokens[:, prefix:], merges)
+        torch.testing.assert_close(whole[:, prefix:], values, rtol=1e-5, atol=1e-5)
+        assert torch.equal(whole[:, :prefix], tokens[:, :prefix])
+    assert len(merges) == 3
     if hasattr(found, "last_hidden_state"):
         last = mergence.restore(found.last_hidden_state)
         assert last.shape == dense.last_hidden_state.shape
-        values = last[:, prefix:]
-        assert torch.equal(
-            values, mergence.restore(found.last_hidden_state[:, prefix:], points[-1].source)
-        )
+        assert torch.equal(last[:, :prefix], found.last_hidden_state[:, :prefix])
+
+
+@torch.no_grad()
+def test_the_last_hidden_state_passed_the_norm_that_the_tables_name(
+    merges: Any, by_hand: Any
+) -> None:
+    seen = set()
+    for build in FAMILY.tiny().values():
+        model = build()
+        container, _, tower = _opened(model)
+        kind = as_built(entry(TOWERS, tower), tower)
+        if kind.maps or (container is not None and (container.heads or container.full)):
+            continue  # it does not give out tokens
+        seen.add(kind.norm)
+        last: list[Any] = []
+
+        def keep(block: Any, inputs: Any, y: Any, last: list[Any] = last) -> None:
+            last.append(y[0] if isinstance(y, tuple) else y)
+
+        tower.get_submodule(kind.blocks)[-1].register_forward_hook(keep)
+        norm = getattr(tower, kind.norm or "", None) or nn.Identity()
+        x = torch.randn(2, *FAMILY.input_shape(model))
+        for keep_rate in (1.0, 0.6):
+            merges.clear()
+            found = mergence.apply(model, keep_rate=keep_rate)(x).last_hidden_state
+            tokens = last[-1]
+            torch.testing.assert_close(found, norm(tokens))
+            prefix = mergence.describe(model).prefix
+            patches = by_hand(tokens[:, prefix:], merges)
+            full = norm(torch.cat((tokens[:, :prefix], patches), dim=1))
+            torch.testing.assert_close(mergence.restore(found), full, rtol=1e-5, atol=1e-5)
+    assert seen == {None, "layernorm", "norm", "post_layernorm", "rms_norm"}
 
 
 @torch.no_grad()

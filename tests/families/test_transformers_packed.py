@@ -129,15 +129,24 @@ def test_every_image_and_every_frame_is_reduced_by_itself(qwen: Any, method: str
 
 
 @torch.no_grad()
-def test_patches_of_one_slot_have_one_value_and_slots_are_as_many_as_planned(qwen: Any) -> None:
+def test_every_patch_has_its_value_and_slots_are_as_many_as_planned(
+    qwen: Any, merges: Any, by_hand: Any
+) -> None:
     mergence.apply(qwen, macs=0.6)
-    x = pixels(qwen)
-    states = qwen(x, GRIDS, output_hidden_states=True).hidden_states[1:]
-    for index, state in enumerate(states):
-        for image, (_, rows, columns) in zip(state.split(NUMBERS), GRIDS.tolist(), strict=True):
-            planned = program_of(qwen).counts(rows * columns)[index]
-            for frame in image.split(rows * columns):
-                assert len(frame.unique(dim=0)) == planned
+    tokens: list[Tensor] = []
+    for block in qwen.blocks:
+        block.register_forward_hook(lambda *a: tokens.append(a[2]))
+    x = pixels(qwen).split(NUMBERS)
+    for image, grid in zip(x, GRIDS, strict=True):
+        merges.clear()
+        tokens.clear()
+        states = qwen(image, grid[None], output_hidden_states=True).hidden_states[1:]
+        frames, planned = int(grid[0]), program_of(qwen).counts(int(grid[1] * grid[2]))
+        for after, count, state in zip(tokens, planned, states, strict=True):
+            after = after.view(frames, -1, after.shape[-1])
+            assert after.shape[1] == count
+            values = by_hand(after, merges).flatten(0, 1)
+            torch.testing.assert_close(state, values, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

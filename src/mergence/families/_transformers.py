@@ -56,6 +56,7 @@ class Tower:
         blocks: The path of its blocks.
         stem: The path of its patch embedding, a convolution.
         prefix: Class and distillation tokens; registers are counted from the configuration.
+        norm: The name of the norm that its last hidden state passed, where it is such.
         head: The name of its attention pooling, where it has one.
         rotary: Its blocks turn queries and keys by place.
         masks: The name of the argument that makes it leave patches out.
@@ -69,6 +70,7 @@ class Tower:
     blocks: str
     stem: str
     prefix: int
+    norm: str | None = None
     head: str | None = None
     rotary: bool = False
     masks: str | None = None
@@ -110,13 +112,13 @@ _PROJECTION = "embeddings.patch_embeddings.projection"
 def _vit(names: str, prefix: int = 1, **more: Any) -> Tower:
     """A tower whose classes are named as ViT's: `names` is what they begin with."""
     block, attention = f"{names}Layer", f"{names}Attention"
-    return Tower(block, attention, VIT, "layers", _PROJECTION, prefix, **more)
+    return Tower(block, attention, VIT, "layers", _PROJECTION, prefix, "layernorm", **more)
 
 
 def _dino(names: str, **more: Any) -> Tower:
     """A tower as DINOv2's."""
     block, attention = f"{names}Layer", f"{names}Attention"
-    return Tower(block, attention, DINO, "encoder.layer", _PROJECTION, 1, **more)
+    return Tower(block, attention, DINO, "encoder.layer", _PROJECTION, 1, "layernorm", **more)
 
 
 def _clip(names: str, layer: str = "EncoderLayer", prefix: int = 1, **more: Any) -> Tower:
@@ -132,6 +134,7 @@ _DINOV3 = Tower(
     "model.layer",
     "embeddings.patch_embeddings",
     1,
+    "norm",
     rotary=True,
 )
 _VIDEOMAE = Tower(
@@ -141,6 +144,7 @@ _VIDEOMAE = Tower(
     "encoder.layer",
     _PROJECTION,
     0,
+    "layernorm",
     masks="bool_masked_pos",
 )
 _VITPOSE = Tower(
@@ -154,10 +158,19 @@ _VITPOSE = Tower(
     oldest="5.6",
 )
 _DPT = Tower(
-    "DPTViTLayer", "DPTViTAttention", SPLIT_VIT, "encoder.layer", _PROJECTION, 1, oldest="5.6"
+    "DPTViTLayer",
+    "DPTViTAttention",
+    SPLIT_VIT,
+    "encoder.layer",
+    _PROJECTION,
+    1,
+    "layernorm",
+    oldest="5.6",
 )
 _AIM = replace(
-    _clip("Aimv2", prefix=0, head="head", oldest="5.6"), layout=AIM, stem="embeddings.patch_embed"
+    _clip("Aimv2", prefix=0, norm="rms_norm", head="head", oldest="5.6"),
+    layout=AIM,
+    stem="embeddings.patch_embed",
 )
 _INTERN = replace(_vit("InternVLVision", oldest="5.6"), layout=INTERN, blocks="encoder.layer")
 _CLIPS = (
@@ -165,7 +178,7 @@ _CLIPS = (
     ("metaclip_2", "MetaClip2", _clip("MetaClip2")),
     ("altclip", "AltCLIP", _clip("AltCLIP")),
     ("chinese_clip", "ChineseCLIP", _clip("ChineseCLIPVision", "Layer")),
-    ("siglip", "Siglip", _clip("Siglip", prefix=0, head="head")),
+    ("siglip", "Siglip", _clip("Siglip", prefix=0, norm="post_layernorm", head="head")),
     ("clipseg", "CLIPSeg", _clip("CLIPSeg", oldest="5.6")),
     ("owlvit", "OwlViT", _clip("OwlViT", oldest="5.6")),
     ("owlv2", "Owlv2", _clip("Owlv2", oldest="5.6")),
@@ -206,12 +219,20 @@ TOWERS: dict[str, Tower] = {
     full_name("dpt", "DPTModel"): _DPT,
     full_name("aimv2", "Aimv2VisionModel"): _AIM,
     full_name("internvl", "InternVLVisionModel"): _INTERN,
-    full_name("blip", "BlipVisionModel"): _clip("Blip", oldest="5.6"),
-    full_name("blip_2", "Blip2VisionModel"): _clip("Blip2", oldest="5.6"),
-    full_name("instructblip", "InstructBlipVisionModel"): _clip("InstructBlip", oldest="5.6"),
+    **{
+        full_name(architecture, f"{names}VisionModel"): _clip(
+            names, norm="post_layernorm", oldest="5.6"
+        )
+        for architecture, names in (
+            ("blip", "Blip"),
+            ("blip_2", "Blip2"),
+            ("instructblip", "InstructBlip"),
+        )
+    },
     **{
         full_name(architecture, f"{names}VisionTransformer"): replace(
-            _clip(names, prefix=0, oldest="5.6"), attention=f"{names}VisionAttention"
+            _clip(names, prefix=0, norm="post_layernorm", oldest="5.6"),
+            attention=f"{names}VisionAttention",
         )
         for architecture, names in _PADDED
     },

@@ -56,7 +56,7 @@ class ReducedPackedTower:
             program.tokens(batch.rows * batch.columns)  # refuses what the schedule cannot follow
         found = []
         for batch in batches:
-            with run.forward((batch.rows, batch.columns)):
+            with run.forward((batch.rows, batch.columns), every_patch=True):
                 outputs = dense.forward(
                     hidden_states[batch.patches], grid_thw[batch.images], **options
                 )

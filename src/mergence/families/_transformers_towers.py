@@ -24,6 +24,7 @@ class ReducedTower:
     """Mixed into towers."""
 
     _mergence_full: ClassVar[bool] = False
+    _mergence_pooled: ClassVar[bool] = False
 
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
         """The tower's forward, as one run."""
@@ -38,17 +39,22 @@ class ReducedTower:
         refuse_attentions(self.config, options)
         rows, columns = grid_of(self.config, image.shape)
         program.tokens(rows * columns)  # refuses a size at which the schedule cannot be followed
-        with run.forward((rows, columns)):
+        states = options.get("output_hidden_states", self.config.output_hidden_states)
+        every_patch = states or not self._mergence_pooled
+        with run.forward((rows, columns), every_patch=every_patch):
             outputs = dense.forward(*inputs, **options)
-            if not isinstance(outputs[0], Tensor):
+            last = outputs[0]
+            if not isinstance(last, Tensor):
                 return outputs  # a backbone's maps, made of what ReducedStack gave out
+            kind: Any = entry(TOWERS, self)
             known = run.known()
+            final = run.known_after(getattr(self, kind.norm) if kind.norm else None)
             if self._mergence_full:
-                return _every_patch(outputs, known, program.prefix)
+                return _whole(outputs, known, program.prefix, (last, final))
             if not run.averaged or known is None or known.size is None:
-                attach(outputs[0], known)
+                attach(last, final)
                 return outputs
-            weighted = _times_size(outputs[0], known.size)
+            weighted = _times_size(last, known.size)
         if isinstance(outputs, tuple):
             return weighted, *outputs[1:]
         outputs.last_hidden_state = weighted
@@ -59,6 +65,12 @@ class ReducedFullTower(ReducedTower):
     """Mixed into towers around which a model reads a token for every patch."""
 
     _mergence_full = True
+
+
+class ReducedPooledTower(ReducedTower):
+    """Mixed into towers around which a model reads what was pooled."""
+
+    _mergence_pooled = True
 
 
 class ReducedMaskingTower(ReducedTower):
@@ -101,7 +113,7 @@ class ReducedStack:
         wanted = {*self.config.out_features, stages[-1]}
 
         outputs.hidden_states = tuple(
-            _every_patch(tokens, known, program.prefix) if stages[index] in wanted else tokens
+            _whole(tokens, known, program.prefix) if stages[index] in wanted else tokens
             for index, tokens in enumerate(outputs.hidden_states)
         )
         return outputs
@@ -184,18 +196,31 @@ def _image(inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
     return inputs[0] if inputs else options.get("pixel_values", options.get("input_values"))
 
 
-def _every_patch(found: Any, known: Carry | None, prefix: int) -> Any:
-    """What a tower gives out, with its token's value for every patch wherever there are tokens."""
+def _whole(
+    found: Any,
+    known: Carry | None,
+    prefix: int,
+    last: tuple[Tensor | None, Carry | None] = (None, None),
+) -> Any:
+    """What a tower gives out, with a value for every patch wherever there are tokens.
+
+    Args:
+        found: Tokens `[B, P + N, C]`, what was pooled from them, or any collection of these.
+        known: What is known about the tokens.
+        prefix: P.
+        last: The last hidden state, and what is known about that.
+    """
     if isinstance(found, tuple):
-        return tuple(_every_patch(one, known, prefix) for one in found)
+        return tuple(_whole(one, known, prefix, last) for one in found)
     if isinstance(found, Tensor):
         if known is None or found.ndim != 3:  # pooled
             return found
-        tokens = restored(found, known, prefix=prefix)
-        attach(tokens, Carry(patches=known.patches, grid=known.grid))
+        tokens = restored(found, last[1] if found is last[0] else known, prefix=prefix)
+        if tokens is not found:  # which remembers what its block knew
+            attach(tokens, Carry(patches=known.patches, grid=known.grid))
         return tokens
     for name in list(found or ()):
-        found[name] = _every_patch(found[name], known, prefix)
+        found[name] = _whole(found[name], known, prefix, last)
     return found
 
 

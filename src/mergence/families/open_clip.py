@@ -100,21 +100,27 @@ class ReducedTower:
         """The tower's intermediates with a value for every patch, by `mergence.restore`."""
         dense: Any = super(ReducedTower, self)
         grid = output_fmt == "NCHW"
-        with _run(self, x) as run:
+        with _run(self, x, every_patch=True) as run:
             found = dense.forward_intermediates(
                 x,
                 indices,
                 stop_early,
-                normalize_intermediates,
-                intermediates_only,
-                # open_clip would fold the tokens into the grid before every patch has one again.
+                False,  # open_clip would normalise the tokens and fold them into the grid before
+                intermediates_only,  # every patch has one again
                 "NLC" if grid else output_fmt,
                 output_extra_tokens,
             )
-            carry, shape = run.known(), run.grid if grid else None
+            known, shape = run.known(), run.grid if grid else None
+
+        normed: Callable[[Tensor], Tensor] = (
+            self.ln_post if normalize_intermediates else lambda y: y
+        )
         found["image_intermediates"] = [
-            restored(y, carry, shape) for y in found["image_intermediates"]
+            restored(y, known, shape, norm=normed) for y in found["image_intermediates"]
         ]
+        if output_extra_tokens:
+            prefix = found["image_intermediates_prefix"]
+            found["image_intermediates_prefix"] = list(map(normed, prefix))
         return found
 
     def _global_pool(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,10 +154,11 @@ class ReducedContainer:
     """Mixed into models around a tower."""
 
 
-def _run(tower: Any, image: Tensor) -> AbstractContextManager[Run]:
+def _run(tower: Any, image: Tensor, *, every_patch: bool = False) -> AbstractContextManager[Run]:
     height, width = tower.patch_size
     program: Program = tower._mergence
-    return program.run.forward((image.shape[-2] // height, image.shape[-1] // width))
+    grid = image.shape[-2] // height, image.shape[-1] // width
+    return program.run.forward(grid, every_patch=every_patch)
 
 
 def _size(program: Program) -> Tensor | None:

@@ -116,13 +116,15 @@ class ReducedTrunk:
 
     _mergence_embed: ClassVar[str] = "patch_embed"
 
-    def _mergence_run(self: Any, image: Tensor) -> AbstractContextManager[Run]:
+    def _mergence_run(
+        self: Any, image: Tensor, *, every_patch: bool = False
+    ) -> AbstractContextManager[Run]:
         embed = getattr(self, self._mergence_embed)
         rows, columns = map(int, embed.dynamic_feat_size(image.shape[-2:]))
         program: Program = self._mergence
         if not program.run.disabled:
             program.tokens(rows * columns)  # refuses a size at which it cannot be followed
-        return program.run.forward((rows, columns))
+        return program.run.forward((rows, columns), every_patch=every_patch)
 
     def forward(self: Any, x: Tensor, *masks: Any, **options: Any) -> Tensor:
         """The model's forward, as one run. The blocks refuse masks."""
@@ -132,11 +134,11 @@ class ReducedTrunk:
             return y
 
     def forward_features(self: Any, x: Tensor, *masks: Any, **options: Any) -> Tensor:
-        """The model's features, reduced; they remember their sizes for `forward_head`."""
+        """The model's features, reduced; they remember what was merged."""
         dense: Any = super(ReducedTrunk, self)
-        with self._mergence_run(x) as run:
+        with self._mergence_run(x, every_patch=True) as run:
             y: Tensor = dense.forward_features(x, *masks, **options)
-            attach(y, run.known())
+            attach(y, run.known_after(self.norm))
             return y
 
     def forward_intermediates(
@@ -155,29 +157,34 @@ class ReducedTrunk:
         The final features that come with them are reduced, as those of `forward_features`.
         """
         dense: Any = super(ReducedTrunk, self)
-        how = (indices, return_prefix_tokens, norm, stop_early)
+        dense = partial(dense.forward_intermediates, x, indices, return_prefix_tokens)
         if self._mergence.run.disabled:
-            return dense.forward_intermediates(x, *how, output_fmt, intermediates_only, **options)
+            return dense(norm, stop_early, output_fmt, intermediates_only, **options)
         grid = output_fmt == "NCHW"
-        with self._mergence_run(x) as run:
-            # timm would fold the tokens into the grid before every patch has one again.
+        with self._mergence_run(x, every_patch=True) as run:
+            # timm would normalise the tokens and fold them into the grid before every patch has one
+            # again.
             layout = "NLC" if grid else output_fmt
-            found = dense.forward_intermediates(x, *how, layout, intermediates_only, **options)
-            carry, shape = run.known(), run.grid if grid else None
+            found = dense(False, stop_early, layout, intermediates_only, **options)
+            known, shape = run.known(), run.grid if grid else None
+            final = run.known_after(self.norm)
+        normed: Callable[[Tensor], Tensor] = self.norm if norm else lambda y: y
 
         def full(y: Any) -> Any:
             if isinstance(y, tuple):  # with its prefix tokens
-                return full(y[0]), *y[1:]
-            return restored(y, carry, shape)
+                return full(y[0]), *map(normed, y[1:])
+            return restored(y, known, shape, norm=normed)
 
         if isinstance(found, dict):
-            maps = {"image_intermediates": [full(y) for y in found["image_intermediates"]]}
+            prefix = found.get("image_intermediates_prefix")
+            if prefix is not None:
+                found["image_intermediates_prefix"] = [*map(normed, prefix)]
             if not intermediates_only:
-                attach(found["image_features"], carry)
-            return found | maps
+                attach(found["image_features"], final)
+            return found | {"image_intermediates": [*map(full, found["image_intermediates"])]}
         if intermediates_only:
             return [full(y) for y in found]
-        attach(found[0], carry)
+        attach(found[0], final)
         return found[0], [full(y) for y in found[1]]
 
 

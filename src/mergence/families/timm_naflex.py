@@ -37,9 +37,11 @@ class ReducedNaFlex(ReducedTrunk):
 
     _mergence_embed: ClassVar[str] = "embeds"
 
-    def _mergence_run(self: Any, image: Any) -> AbstractContextManager[Run]:
+    def _mergence_run(
+        self: Any, image: Any, *, every_patch: bool = False
+    ) -> AbstractContextManager[Run]:
         if isinstance(image, Tensor) and image.ndim == 4:
-            return super()._mergence_run(image)
+            return super()._mergence_run(image, every_patch=every_patch)
         run: Run = self._mergence.run
         if run.disabled:
             return nullcontext(run)

@@ -33,6 +33,7 @@ from mergence.families._transformers_towers import (
     ReducedFullTower,
     ReducedHead,
     ReducedMaskingTower,
+    ReducedPooledTower,
     ReducedStack,
     ReducedTower,
     grid_of,
@@ -134,7 +135,10 @@ class Transformers(Family):
 def _mixin(kind: Tower, container: Container | None) -> type:
     if container is not None and container.full:
         return ReducedFullTower
-    return ReducedMaskingTower if kind.masks else ReducedTower
+    if kind.masks:
+        return ReducedMaskingTower
+    pooled = container is not None and (container.heads or container.averages)
+    return ReducedPooledTower if pooled else ReducedTower
 
 
 def _opened(model: Any) -> tuple[Container | None, str, Any]:
