@@ -75,7 +75,7 @@ def test_a_merge_is_undone_where_it_happens(slots: list[list[int]], keep_norm: b
 
 def test_a_single_token_leaves_patches_as_far_apart_as_they_were() -> None:
     apart = torch.tensor([[[-1.0, 0.0], [1.0, 0.0]]])
-    merge = Merge(torch.zeros(1, 2).long(), torch.tensor([[[5.0, 5.0]]]), apart)
+    merge = Merge.of(torch.zeros(1, 2).long(), apart + 5, torch.full((1, 1, 2), 5.0))
     token = torch.tensor([[[7.0, 1.0]]], requires_grad=True)
     found = restored(token, Carry(patches=2, merges=(merge,)))
     assert found.tolist() == [[[6.0, 1.0], [8.0, 1.0]]]

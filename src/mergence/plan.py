@@ -100,7 +100,7 @@ def spread(x: Tensor, slot: Tensor) -> Tensor:
 
     Zeros where it was dropped.
     """
-    return rows(x, slot.clamp(min=0)).masked_fill((slot < 0).unsqueeze(2), 0)
+    return rows(x, slot.clamp(min=0)).masked_fill_((slot < 0).unsqueeze(2), 0)
 
 
 def without_nan(x: Tensor, value: float) -> Tensor:

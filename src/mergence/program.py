@@ -13,7 +13,7 @@ from mergence import coarse, ops, surgery
 from mergence.errors import MergenceError, ReducedOutputError, ScheduleError
 from mergence.macs import Macs, ModelCost, ReductionCost, count
 from mergence.method import Method
-from mergence.plan import MergePlan, spread
+from mergence.plan import MergePlan
 from mergence.schedule import Schedule
 from mergence.setting import Setting
 from mergence.state import Carry, Merge, Run, Runs
@@ -178,8 +178,7 @@ class Program:
         merged, size = ops.merge(x, size, plan, self.prefix)
         merge = Merge(plan.slot)
         if carry.every_patch:
-            slots = merged[:, self.prefix :]
-            merge = Merge(plan.slot, slots, x[:, self.prefix :] - spread(slots, plan.slot))
+            merge = Merge.of(plan.slot, x[:, self.prefix :], merged[:, self.prefix :])
         factor = self.method.size_attention
         bias = _size_bias(size, self.prefix, x.dtype, factor) if factor else None
         return merged, replace(carry, size=size, bias=bias, merges=(*carry.merges, merge))

@@ -94,30 +94,8 @@ def _unmerged(tokens: Tensor, carry: Carry, prefix: int) -> Tensor:
         return tokens
     full = tokens[:, prefix:]
     for merge in reversed(merges):
-        slots, full = full, spread(full, merge.slot)
-        if merge.merged is not None and merge.apart is not None:
-            full = full + merge.apart * _what_is_left(slots, merge.merged).to(full.dtype)
+        full = merge.undone(full)
     return torch.cat((tokens[:, :prefix], full), dim=1) if prefix else full
-
-
-def _what_is_left(now: Tensor, then: Tensor) -> Tensor:
-    """Which share of what set the tokens of an image apart from each other still does.
-
-    Args:
-        now: `[B, N, C]`.
-        then: The same tokens before.
-
-    Returns:
-        `[B, 1, 1]` from 0 to 1, by least squares; 1 where nothing did, as with a single token.
-    """
-    exact = torch.promote_types(now.dtype, torch.float32)
-    now, then = (x.to(exact) for x in (now, then))
-    now, then = (x - x.mean(dim=1, keepdim=True) for x in (now, then))
-    total = then.square().sum(dim=(1, 2), keepdim=True)
-    product = (now * then).sum(dim=(1, 2), keepdim=True)
-    share = product / torch.where(total > 0, total, 1.0)  # a gradient, too, knows no 0 / 0
-    # More than all of it is noise where tokens hardly differ.
-    return torch.where(total > 0, share, 1.0).clamp(0, 1)
 
 
 def _check(tokens: Tensor, source: Tensor) -> None:

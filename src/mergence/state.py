@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergence.plan import compose
+from mergence.plan import compose, spread
 
 _ATTRIBUTE = "_mergence_carry"
 
@@ -29,14 +29,39 @@ class Merge:
 
     Attributes:
         slot: `[B, N]` the slot of each token, or -1.
-        merged: `[B, slots, C]` what the slots became; None where nobody is to ask for it.
-        apart: `[B, N, C]` what set each token apart from that, all of it where it was dropped; None
-            as well.
+        apart: `[B, N, C]` what set each token apart from what its slot became, all of it where it
+            was dropped; None where nobody is to ask for it.
+        among: `[B, slots, C]` float32 or more, what set the slots apart from their mean; None as
+            well.
     """
 
     slot: Tensor
-    merged: Tensor | None = None
     apart: Tensor | None = None
+    among: Tensor | None = None
+
+    @classmethod
+    def of(cls, slot: Tensor, before: Tensor, after: Tensor) -> Merge:
+        """The merge of tokens `[B, N, C]` into `[B, slots, C]`."""
+        exact = after.to(torch.promote_types(after.dtype, torch.float32))
+        return cls(slot, before - spread(after, slot), exact - exact.mean(dim=1, keepdim=True))
+
+    def undone(self, slots: Tensor) -> Tensor:
+        """The tokens `[B, N, C]` that the slots `[B, slots, C]` were, as far as is known.
+
+        Each is what its slot is now, and what set it apart is added, in the share in which the
+        slots are still apart from each other: by least squares, between 0 and 1. With one slot it
+        is all of it.
+        """
+        full = spread(slots, self.slot)
+        if self.apart is None or self.among is None:
+            return full
+        total = self.among.square().sum(dim=(1, 2), keepdim=True)
+        # Those of today need not be centred: products with what is centred sum up to the same.
+        share = (slots * self.among).sum(dim=(1, 2), keepdim=True)
+        share = share / torch.where(total > 0, total, 1.0)  # a gradient, too, knows no 0 / 0
+        # More than all of it is noise where tokens hardly differ.
+        share = torch.where(total > 0, share, 1.0).clamp(0, 1)
+        return full + self.apart * share.to(full.dtype)
 
 
 @dataclass(frozen=True)
