@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -50,7 +50,9 @@ class ReducedTower:
             known = run.known()
             final = run.known_after(getattr(self, kind.norm) if kind.norm else None)
             if self._mergence_full:
-                return _whole(outputs, known, program.prefix, (last, final))
+                return _each(
+                    outputs, lambda x: _whole(x, final if x is last else known, program.prefix)
+                )
             if not run.averaged or known is None or known.size is None:
                 attach(last, final)
                 return outputs
@@ -196,32 +198,23 @@ def _image(inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
     return inputs[0] if inputs else options.get("pixel_values", options.get("input_values"))
 
 
-def _whole(
-    found: Any,
-    known: Carry | None,
-    prefix: int,
-    last: tuple[Tensor | None, Carry | None] = (None, None),
-) -> Any:
-    """What a tower gives out, with a value for every patch wherever there are tokens.
-
-    Args:
-        found: Tokens `[B, P + N, C]`, what was pooled from them, or any collection of these.
-        known: What is known about the tokens.
-        prefix: P.
-        last: The last hidden state, and what is known about that.
-    """
-    if isinstance(found, tuple):
-        return tuple(_whole(one, known, prefix, last) for one in found)
+def _each(found: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a tower gives out, with all tokens in it changed, `[B, P + N, C]`."""
     if isinstance(found, Tensor):
-        if known is None or found.ndim != 3:  # pooled
-            return found
-        tokens = restored(found, last[1] if found is last[0] else known, prefix=prefix)
-        if tokens is not found:  # which remembers what its block knew
-            attach(tokens, Carry(patches=known.patches, grid=known.grid))
-        return tokens
+        return change(found) if found.ndim == 3 else found  # pooled
+    if isinstance(found, tuple):
+        return tuple(_each(one, change) for one in found)
     for name in list(found or ()):
-        found[name] = _whole(found[name], known, prefix, last)
+        found[name] = _each(found[name], change)
     return found
+
+
+def _whole(tokens: Tensor, known: Carry | None, prefix: int) -> Tensor:
+    """Tokens with a value for every patch, which remember that."""
+    full = restored(tokens, known, prefix=prefix)
+    if known is not None and full is not tokens:
+        attach(full, Carry(patches=known.patches, grid=known.grid))
+    return full
 
 
 def _times_size(x: Tensor, size: Tensor) -> Tensor:
