@@ -12,7 +12,8 @@ from mergence.plan import spread
 from mergence.state import Carry, attached
 
 
-def _as_it_is(x: Tensor) -> Tensor:
+def as_it_is(x: Tensor) -> Tensor:
+    """What stands in for a norm or another module where there is none."""
     return x
 
 
@@ -65,7 +66,7 @@ def restored(
     grid: tuple[int, int] | None = None,
     *,
     prefix: int = 0,
-    norm: Callable[[Tensor], Tensor] = _as_it_is,
+    norm: Callable[[Tensor], Tensor] = as_it_is,
 ) -> Tensor:
     """Restore patch tokens of any block of a forward.
 

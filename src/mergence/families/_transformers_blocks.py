@@ -25,6 +25,7 @@ from mergence.families._transformers import (
     Layout,
 )
 from mergence.families._transformers_releases import SPLIT_DINO, TUPLE_CLIP
+from mergence.restoring import as_it_is
 from mergence.state import Carry
 from mergence.step import BlockStep
 
@@ -47,7 +48,7 @@ def attention(
         q, k, v = (y.view(shape).transpose(1, 2) for y in attn.qkv(x).chunk(3, dim=-1))
     else:
         q, k, v = (
-            getattr(attn, f"{name}_norm", _as_it_is)(getattr(attn, f"{name}_proj")(x))
+            getattr(attn, f"{name}_norm", as_it_is)(getattr(attn, f"{name}_proj")(x))
             .view(shape)
             .transpose(1, 2)
             for name in "qkv"
@@ -58,11 +59,7 @@ def attention(
     dropout = attn.attention_dropout if hasattr(attn, "attention_dropout") else attn.dropout
     y = attend(attn, q, k, v, bias, getattr(dropout, "p", dropout), **options)
     project = next(getattr(attn, name) for name in _OUT if hasattr(attn, name))
-    return getattr(attn, "projection_dropout", _as_it_is)(project(y)), q, k
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
+    return getattr(attn, "projection_dropout", as_it_is)(project(y)), q, k
 
 
 def split_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -120,7 +120,7 @@ class ReducedReader:
     """Mixed into what reads a token for every patch."""
 
     def forward(self: Any, x: Tensor, *inputs: Any, **options: Any) -> Any:
-        """The module's forward, of its token's value for every patch."""
+        """The module's forward, of a value for every patch."""
         dense: Any = super(ReducedReader, self)
         program: Program = self._mergence
         run = program.run
@@ -224,7 +224,7 @@ def _spread(x: Tensor, known: Carry, frames: int) -> Tensor:
 
 
 def _every_patch(outputs: Any, known: Carry | None, frames: int, bare: bool) -> Any:
-    """What a tower gives out, with its token's value for every patch wherever there are tokens."""
+    """What a tower gives out, with a value for every patch wherever there are tokens."""
     if known is None or isinstance(outputs, Tensor):
         return outputs
     last, states = outputs.get("last_hidden_state"), outputs.get("hidden_states")

@@ -29,7 +29,7 @@ from mergence.families._multihead import attention, scale_of
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
 from mergence.program import Program
-from mergence.restoring import restored
+from mergence.restoring import as_it_is, restored
 from mergence.state import Run
 from mergence.step import BlockStep
 
@@ -112,9 +112,7 @@ class ReducedTower:
             )
             known, shape = run.known(), run.grid if grid else None
 
-        normed: Callable[[Tensor], Tensor] = (
-            self.ln_post if normalize_intermediates else lambda y: y
-        )
+        normed: Callable[[Tensor], Tensor] = self.ln_post if normalize_intermediates else as_it_is
         found["image_intermediates"] = [
             restored(y, known, shape, norm=normed) for y in found["image_intermediates"]
         ]

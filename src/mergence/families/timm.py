@@ -28,7 +28,7 @@ from mergence.families._timm_refused import REFUSED
 from mergence.family import Family, ModelSpec
 from mergence.macs import BlockCost, ModelCost
 from mergence.program import Program
-from mergence.restoring import restored
+from mergence.restoring import as_it_is, restored
 from mergence.state import Run, attach, attached
 from mergence.step import BlockStep
 
@@ -168,7 +168,7 @@ class ReducedTrunk:
             found = dense(False, stop_early, layout, intermediates_only, **options)
             known, shape = run.known(), run.grid if grid else None
             final = run.known_after(self.norm)
-        normed: Callable[[Tensor], Tensor] = self.norm if norm else lambda y: y
+        normed: Callable[[Tensor], Tensor] = self.norm if norm else as_it_is
 
         def full(y: Any) -> Any:
             if isinstance(y, tuple):  # with its prefix tokens
