@@ -101,14 +101,11 @@ class ReducedTower:
         dense: Any = super(ReducedTower, self)
         grid = output_fmt == "NCHW"
         with _run(self, x, every_patch=True) as run:
+            # open_clip would normalise the tokens and fold them into the grid before every patch
+            # has one again.
+            layout = "NLC" if grid else output_fmt
             found = dense.forward_intermediates(
-                x,
-                indices,
-                stop_early,
-                False,  # open_clip would normalise the tokens and fold them into the grid before
-                intermediates_only,  # every patch has one again
-                "NLC" if grid else output_fmt,
-                output_extra_tokens,
+                x, indices, stop_early, False, intermediates_only, layout, output_extra_tokens
             )
             known, shape = run.known(), run.grid if grid else None
 
