@@ -83,7 +83,7 @@ def test_size_attention_is_a_factor_and_true_is_one(vit: nn.Module) -> None:
 def test_a_description_prints_and_is_json(vit: nn.Module) -> None:
     description = mergence.describe(mergence.apply(vit, "evit", keep_rate=0.7))
     text, data = str(description), json.loads(json.dumps(description.to_dict()))
-    assert "36 → 36 26 26 19 14 14  (+ 1 prefix)" in text
+    assert "36 → 36 26 26 19 14 14  (+ 1 prefix, alone in the last MLP)" in text
     assert f"{description.macs_ratio:.1%}" in text
     assert data["counts"] == [36, 26, 26, 19, 14, 14]
     assert data["macs_ratio"] == pytest.approx(data["gmacs"] / data["gmacs_dense"])

@@ -105,7 +105,7 @@ def test_the_alignment_of_the_device_is_applied_and_described_and_the_recipe_kee
     assert all((n + 1) % 8 == 0 for n in found.counts if n < 36)
     assert found.macs_ratio <= 0.67
     assert found.align == 8
-    assert "(+ 1 prefix, in multiples of 8)" in str(found)
+    assert "(+ 1 prefix, alone in the last MLP, in multiples of 8)" in str(found)
     assert mergence.recipe_of(vit).align is None
     mergence.apply(vit, mergence.recipe_of(vit), align=1)
     assert mergence.describe(vit).counts == exact.counts

@@ -42,7 +42,7 @@ def main() -> None:
         with mergence.applied(loaded.model, recipe):
             share = mergence.describe(loaded.model).macs_ratio
         for name in arguments.methods:
-            own = make(name, macs=share)
+            own = make(name, macs=share, align=1)  # on any device the same counts
             if _possible(loaded, own):
                 runs[f"{name}@{budget:g} own"] = own
             if name != "mergence":

@@ -196,6 +196,7 @@ def describe(model: nn.Module) -> Description:
         patches=program.patches,
         start=program.tokens()[0],
         prefix=program.prefix,
+        prefix_alone=program.cost.prefix_alone and program.reduces,
         align=program.multiple,
         counts=program.counts(),
         dense=program.macs(dense=True),

@@ -49,6 +49,8 @@ class ModelCost:
         placed: Blocks look at the places of their tokens (rotary positions, a bias for every pair
             of places). Every reduction then looks at the importance, to choose the place that a
             merged token has.
+        prefix_alone: The head reads prefix tokens alone. Then nobody reads the patch tokens after
+            the attention of the last block, and a reduced model does not compute them.
     """
 
     blocks: tuple[BlockCost, ...]
@@ -59,6 +61,7 @@ class ModelCost:
     head: int
     head_per_token: int = 0
     placed: bool = False
+    prefix_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def count(
     attention = mlp = importance = planning = merging = learned = 0
     stem = patches * model.stem
     tokens = (patches,) * (len(model.blocks) + 1) if tokens is None else tokens
+    if model.prefix_alone and min(tokens) < patches:
+        tokens = (*tokens[:-1], 0)
     start = before = tokens[0]
     if start < patches:  # every region is read at half the resolution, and then some are chosen
         stem += patches // SIDE**2 * model.stem
@@ -123,7 +128,7 @@ def count(
         pairs = n * n if block.window is None else patches * block.window
         attention += n * block.attention + 2 * pairs * block.width
         mlp += (after + model.prefix) * block.mlp
-        if after < before and reduction is not None:
+        if 0 < after < before and reduction is not None:
             rows = ("importance" in reduction.needs) + n * ("received" in reduction.needs)
             importance += rows * n * block.width
             planning += reduction.plan(before, after)

@@ -22,6 +22,8 @@ class Description:
         patches: Patches of an image.
         start: Patch tokens that enter the first block: fewer where some are read coarsely.
         prefix: Prefix tokens, never reduced.
+        prefix_alone: Whether the head reads these alone, so that the last block computes no more
+            than them after its attention. Where somebody asks for its patch tokens, it does.
         align: Multiple that token counts, prefix included, are rounded to.
         counts: Patch tokens after each block.
         dense: MACs of one image without reduction.
@@ -35,6 +37,7 @@ class Description:
     patches: int
     start: int
     prefix: int
+    prefix_alone: bool
     align: int
     counts: tuple[int, ...]
     dense: Macs
@@ -55,6 +58,7 @@ class Description:
             "patches": self.patches,
             "start": self.start,
             "prefix": self.prefix,
+            "prefix_alone": self.prefix_alone,
             "align": self.align,
             "counts": list(self.counts),
             "gmacs_dense": self.dense.total / 1e9,
@@ -68,7 +72,8 @@ class Description:
         counts = " ".join(map(str, self.counts))
         multiples = f", in multiples of {self.align}" if self.align > 1 else ""
         start = "" if self.start == self.patches else f"{self.start} → "
-        prefix = f"(+ {self.prefix} prefix{multiples})"
+        alone = ", alone in the last MLP" if self.prefix_alone else ""
+        prefix = f"(+ {self.prefix} prefix{alone}{multiples})"
         before, after = self.dense.total / 1e9, reduced.total / 1e9
         return (
             f"{self.model} ({self.family}) with {self.method}\n"

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from torch import Tensor
 from mergence.plan import compose, spread
 
 _ATTRIBUTE = "_mergence_carry"
+
+Head = Literal["mean", "prefix"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Carry:
             that a forward nobody asks pays nothing.
         every_patch: Whether every patch is to have a value again, and so what sets tokens apart is
             kept.
+        prefix_alone: Whether nothing but prefix tokens is asked for after the last block.
         unnormed: What tokens that passed a norm after the last block were before it, and the norm;
             None for others. What sets tokens apart is of those before it.
     """
@@ -93,6 +96,7 @@ class Carry:
     position: Tensor | None = None
     merges: tuple[Merge, ...] = ()
     every_patch: bool = False
+    prefix_alone: bool = False
     unnormed: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
 
     def __reduce__(self) -> tuple[type[OrderedDict[str, Any]], tuple[()]]:
@@ -155,6 +159,7 @@ class Run:
         carry: What is known about the tokens now; None before the first block that looks.
         last: What the last block so far gave out, where every patch is to have a value again.
         every_patch: Whether it is, in this forward; see `Carry`.
+        prefix_alone: Whether nothing else is asked for, in this forward; see `Carry`.
         grid: Patch rows and columns of the images of this forward.
         readings: Where some patches are read coarsely, from the patch embedding until they join:
             the embeddings of the patches, `[B, N, C]`, and those of the regions at half the
@@ -162,7 +167,7 @@ class Run:
         observer: Receives each reduction while tracing; see `mergence.tracing`.
         clock: Told of the end of each part of a forward while profiling; see `mergence.profiling`.
         disabled: Run the model as if nothing were applied.
-        averaged: The tower's tokens go into a plain mean outside of it; see `averaging`.
+        head: What a head outside of the tower makes of its tokens; see `under`.
     """
 
     def __init__(self) -> None:
@@ -172,15 +177,18 @@ class Run:
         self.carry: Carry | None = None
         self.last: Tensor | None = None
         self.every_patch: bool = False
+        self.prefix_alone: bool = False
         self.grid: tuple[int, int] | None = None
         self.readings: tuple[Tensor, Tensor] | None = None
         self.observer: Any = None
         self.clock: Callable[[str], None] | None = None
         self.disabled: bool = False
-        self.averaged: bool = False
+        self.head: Head | None = None
 
     @contextmanager
-    def forward(self, grid: tuple[int, int], *, every_patch: bool = False) -> Iterator[Run]:
+    def forward(
+        self, grid: tuple[int, int], *, every_patch: bool = False, prefix_alone: bool = False
+    ) -> Iterator[Run]:
         """Mark a model's forward; inner calls join the outer one.
 
         The run is reset on entry and on exit, so that nothing of an earlier forward, also of one
@@ -189,31 +197,35 @@ class Run:
         Args:
             grid: Patch rows and columns.
             every_patch: Whether what it gives out may be asked for a value for every patch.
+            prefix_alone: Whether what it gives out is made of the prefix tokens alone.
         """
         if self.active:
             yield self
             return
         self.active, self.carry, self.grid, self.readings = True, None, grid, None
         self.every_patch, self.last = every_patch, None
+        self.prefix_alone = prefix_alone and self.observer is None
         if self.observer is not None:
             self.observer.grid = grid
         try:
             yield self
         finally:
             self.active, self.carry, self.grid, self.readings = False, None, None, None
-            self.every_patch, self.last = False, None
+            self.every_patch, self.prefix_alone, self.last = False, False, None
 
     @contextmanager
-    def averaging(self) -> Iterator[None]:
-        """Mark the forward of a model whose head takes the plain mean of its tower's patch tokens.
+    def under(self, head: Head) -> Iterator[None]:
+        """Mark the forward of a model whose head is outside of its tower.
 
-        The tower then hands its tokens out times their sizes, so that this mean is by size.
+        Args:
+            head: `mean` takes the plain mean of the patch tokens; the tower then hands its tokens
+                out times their sizes, so that this mean is by size. `prefix` reads prefix tokens.
         """
-        self.averaged = True
+        self.head = head
         try:
             yield
         finally:
-            self.averaged = False
+            self.head = None
 
     def lap(self, part: str) -> None:
         """Say that all since the last lap was this part of the forward; see `profiling.PARTS`."""
@@ -224,7 +236,12 @@ class Run:
         """What is known about the tokens now; before any reduction, that they are all there."""
         if self.carry is None and self.grid is not None:
             patches = self.grid[0] * self.grid[1]
-            return Carry(patches, self.grid, every_patch=self.every_patch)
+            return Carry(
+                patches,
+                self.grid,
+                every_patch=self.every_patch,
+                prefix_alone=self.prefix_alone,
+            )
         return self.carry
 
     def known_after(self, norm: Callable[[Tensor], Tensor] | None) -> Carry | None:

@@ -26,10 +26,11 @@ class BlockStep:
 
     program: Program
     index: int
-    _slots: dict[int, int | None] = field(default_factory=dict, compare=False)
+    _slots: dict[tuple[int, bool], int | None] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         self.slots(Carry(self.program.patches))
+        self.slots(Carry(self.program.patches, prefix_alone=True))
 
     def enter(self, x: Tensor) -> Carry:
         """What is known about the tokens that enter the block.
@@ -55,14 +56,21 @@ class BlockStep:
         return known
 
     def slots(self, carry: Carry) -> int | None:
-        """How many patch tokens the block leaves, or None where it removes none."""
+        """How many patch tokens the block leaves, or None where it removes none.
+
+        0 in the last block, where nobody reads them.
+        """
         patches = int(carry.patches)  # sizes are tensors while torch.jit traces
         # Kept, so that blocks that are compiled one by one share what was compiled: code that looks
         # at the index would be made for each.
-        if patches not in self._slots:
-            before, after = self.program.tokens(patches)[self.index :][:2]
-            self._slots[patches] = after if after < before else None
-        return self._slots[patches]
+        key = patches, carry.prefix_alone
+        if key not in self._slots:
+            tokens = self.program.tokens(patches)
+            before, after = tokens[self.index :][:2]
+            if carry.prefix_alone and self.index + 1 == self.program.depth:
+                after = 0 if min(tokens) < patches else after  # what reduces nothing stays exact
+            self._slots[key] = after if after < before else None
+        return self._slots[key]
 
     def leave(self, x: Tensor, carry: Carry) -> None:
         """Hand the books to the next block."""
@@ -91,7 +99,7 @@ class BlockStep:
             k: `[B, H, P + N, D]` its keys.
             scale: The factor on its logits.
             carry: What is known about the tokens.
-            slots: How many patch tokens to leave.
+            slots: How many patch tokens to leave. For none there is nothing to plan.
             learned: The method's learned module, at the first reduction.
             pairs: What the attention added to its logits besides the sizes, `[H, P + N, P + N]`
                 or one for each image, or None.
@@ -100,6 +108,8 @@ class BlockStep:
             `[B, P + slots, C]` and what is known about these tokens.
         """
         method, prefix, run = self.program.method, self.program.prefix, self.program.run
+        if not slots:
+            return x[:, :prefix], carry
         if learned is not None:
             if carry.grid is None:
                 raise ReducedOutputError(

@@ -70,15 +70,16 @@ def test_a_calibrated_recipe_meets_its_budget_and_is_closer_than_the_methods_own
     assert result.images == 12
 
 
-def test_an_option_is_followed_as_long_as_it_helps_and_other_counts_meet_the_budget(
+def test_an_option_is_followed_as_long_as_it_helps_or_brings_counts_of_its_own(
     model: nn.Module,
 ) -> None:
     class Valley:
-        """Distances of a model that is closest with a quarter of the image coarse."""
+        """Distances of a model that is closest with a quarter of it coarse, behind a hill."""
 
         def mean(self, distance: Any, method: Method, counts: Any, images: int) -> float:
             seen.append((method.coarse, method.size_attention, tuple(counts)))
-            return 1 + (method.coarse - 0.25) ** 2 + method.size_attention
+            hill = float(method.coarse == 0.1)
+            return 1 + hill + (method.coarse - 0.25) ** 2 + abs(method.size_attention - 0.85)
 
     def prices(method: Method) -> Prices:
         return _prices(model, method, 1, PATCHES)
@@ -87,14 +88,37 @@ def test_an_option_is_followed_as_long_as_it_helps_and_other_counts_meet_the_bud
     table = torch.linspace(1, 0, PATCHES + 1, dtype=torch.float64).expand(6, -1)
     start = best_counts(table, prices(Mergence(coarse=0.0)), 0.5, 2)
     best = Best(Valley(), prices, kl_divergence, 6, Mergence(coarse=0.0), start)  # type: ignore[arg-type]
-    best.improve(table, 0.5, 2, 99, {"coarse": (0.1, 0.25, 0.4, 0.6), "size_attention": (0.7, 1)})
-    assert [c for c, _, _ in seen[:4]] == [0, 0.1, 0.25, 0.4]  # and not 0.6
-    assert (best.method.coarse, best.method.size_attention) == (0.25, 0.7)
+    sizes = (0.5, 0.7, 0.85, 1.0)
+    best.improve(table, 0.5, 2, 99, {"coarse": (0.1, 0.25, 0.4, 0.6), "size_attention": sizes})
+    assert [c for c, _, _ in seen[:5]] == [0, 0.1, 0.25, 0.4, 0.6]
+    assert [s for _, s, _ in seen[5:7]] == [0.85, 0.7]  # and not 0.5
+    assert (best.method.coarse, best.method.size_attention) == (0.25, 0.85)
     for coarse, _, counts in seen:
         price = prices(Mergence(coarse=coarse))
         assert 0.45 < price.share(counts) <= 0.5
         assert max(counts) <= price.setting.tokens
     assert prices(Mergence(coarse=0.25)).setting.tokens == PATCHES - 3 * 2
+
+
+def test_it_goes_on_from_the_methods_own_schedule_where_that_is_better(model: nn.Module) -> None:
+    class Probe:
+        def mean(self, distance: Any, method: Method, counts: Any, images: int) -> float:
+            seen.append(tuple(counts))
+            return float(tuple(counts) != own[1])
+
+    def prices(method: Method) -> Prices:
+        return _prices(model, method, 1, PATCHES)
+
+    seen: list[tuple[int, ...]] = []
+    method = Mergence(coarse=0.0)
+    own = method, (PATCHES, 20, 20, 20, 9, 9)
+    start = (PATCHES, 18, 18, 18, 10, 10)
+    best = Best(Probe(), prices, kl_divergence, 6, method, start)  # type: ignore[arg-type]
+    table = torch.linspace(1, 0, PATCHES + 1, dtype=torch.float64).expand(6, -1)
+    best.improve(table, 0.5, 2, 4, {}, own)
+    assert seen[:2] == [start, own[1]]
+    assert best.trials == len(seen) == 4
+    assert best.counts == own[1]
 
 
 def test_a_family_that_cannot_read_coarsely_is_not_asked_to(batches: list[Batch]) -> None:
@@ -218,7 +242,7 @@ def test_a_latency_is_measured_on_this_machine() -> None:
 def test_the_embedded_model_gains_from_calibration() -> None:
     loaded = demo.load()
     data = loader(demo.images(loaded, limit=64), batch_size=32)
-    result = calibrate(loaded.model, data, budgets=[0.5], images=64, trials=6)
+    result = calibrate(loaded.model, data, budgets=[0.5], images=64, trials=16)
     (found,) = result.found
     assert found.distance is not None
     assert found.uncalibrated is not None

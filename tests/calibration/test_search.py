@@ -16,9 +16,13 @@ from mergence.macs import BlockCost, ModelCost, ReductionCost, count
 from mergence.setting import Setting
 
 
-def prices(depth: int, tokens: int, *, align: int = 1, half: bool = False) -> Prices:
+def prices(
+    depth: int, tokens: int, *, align: int = 1, half: bool = False, alone: bool = False
+) -> Prices:
     block = BlockCost(attention=400, mlp=800, width=10)
-    model = ModelCost((block,) * depth, prefix=1, dim=10, head_dim=5, stem=30, head=50)
+    model = ModelCost(
+        (block,) * depth, prefix=1, dim=10, head_dim=5, stem=30, head=50, prefix_alone=alone
+    )
     reduction = ReductionCost(frozenset({"importance"}), lambda n, s: n * n)
     dense = count(model, tokens).total
     setting = Setting(
@@ -43,14 +47,16 @@ def random_table(depth: int, tokens: int, seed: int) -> torch.Tensor:
     return table
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("points", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_dynamic_program_finds_what_trying_everything_finds(
-    seed: int, points: int, half: bool
+    seed: int, points: int, half: bool, alone: bool
 ) -> None:
     depth, tokens, rate = 4, 6, 10.0
-    price, table = prices(depth, tokens, half=half), random_table(depth, tokens, seed)
+    price = prices(depth, tokens, half=half, alone=alone)
+    table = random_table(depth, tokens, seed)
 
     def worth(counts: tuple[int, ...]) -> float:
         return predicted(table, counts, tokens) + rate * price.share(counts)
@@ -65,6 +71,8 @@ def test_the_dynamic_program_finds_what_trying_everything_finds(
     found = _at_rate(table, price, points, rate)
     assert allowed(found)
     assert worth(found) == pytest.approx(best)
+    if alone:
+        assert found[-1] == found[-2]
 
 
 @pytest.mark.parametrize("budget", [0.9, 0.6, 0.35])

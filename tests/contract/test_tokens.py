@@ -32,7 +32,8 @@ def test_sizes_are_the_numbers_of_patches_in_each_slot(
     reduced: nn.Module, image: Tensor, output: Any
 ) -> None:
     trace = mergence.trace(reduced, image)
-    assert torch.equal(answer(trace.output), output(reduced, image))
+    # Not exact: patches that nobody reads are there in the last MLP only while they are traced.
+    torch.testing.assert_close(answer(trace.output), output(reduced, image))
     assert len(trace.points) == 3
     patches = mergence.describe(reduced).patches
     for point in trace.points:
@@ -60,16 +61,17 @@ def test_dropped_patches_stay_dropped_and_merged_ones_stay_together(
 def test_prefix_tokens_pass_every_reduction_in_place(
     reduced: nn.Module, image: Tensor, output: Any, spec: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefix, reduce, compared = spec(reduced).cost.prefix, BlockStep.reduce, []
+    cost, reduce, compared = spec(reduced).cost, BlockStep.reduce, []
 
     def watched(step: BlockStep, x: Tensor, *rest: Any, **named: Any) -> Any:
         y, carry = reduce(step, x, *rest, **named)
-        compared.append(torch.equal(y[:, :prefix], x[:, :prefix]) and y.shape[1] < x.shape[1])
+        same = torch.equal(y[:, : cost.prefix], x[:, : cost.prefix])
+        compared.append(same and y.shape[1] < x.shape[1])
         return y, carry
 
     monkeypatch.setattr(BlockStep, "reduce", watched)
     output(reduced, image)
-    assert compared == [True] * 3
+    assert compared == [True] * (3 + cost.prefix_alone)
 
 
 def test_prefix_tokens_leave_the_first_reducing_block_as_they_leave_the_dense_one(

@@ -47,7 +47,9 @@ def test_features_then_head_is_forward(model: Any, fused: bool, image: Tensor) -
     features = model.forward_features(image)
     assert features.shape[1] < model.num_prefix_tokens + 16
     model(torch.randn(1, 3, 64, 64).double())  # another forward in between
-    assert torch.equal(model.forward_head(features), model(image))
+    # Not exact: for a head that reads the class token, forward computes no more in the last MLP.
+    expected = model(image)
+    torch.testing.assert_close(model.forward_head(features), expected, rtol=1e-12, atol=1e-12)
     assert model.forward_head(features, pre_logits=True).shape == (2, 24)
 
 

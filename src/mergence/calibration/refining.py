@@ -51,11 +51,13 @@ class Best:
         points: int,
         trials: int,
         options: Mapping[str, Sequence[float]],
+        own: tuple[Method, tuple[int, ...]] | None = None,
     ) -> None:
         """Try options, then neighbouring schedules, the most promising first, and keep what helps.
 
         From the value that an option has, larger ones are tried as long as they help, then smaller
-        ones.
+        ones. One with which another number of tokens enters the first block comes with a schedule
+        of its own, so that the next may help where it did not.
 
         Args:
             table: See `Curves.table`; it says what promises most.
@@ -63,18 +65,21 @@ class Best:
             points: How many blocks may reduce.
             trials: How many reductions to measure, options and schedules together.
             options: Values of the method's options to try.
+            own: Where else to start, if that is better.
         """
-        if trials:
-            self._try(self.method, self.counts)
+        for start in filter(None, ((self.method, self.counts), own)):
+            if self.trials < trials:
+                self._try(*start)
         for name, direction in self._directions(options):
             for other in direction:
                 if self.trials >= trials:
                     break
                 method = dataclasses.replace(self.method, **{name: other})
                 prices, counts = self.prices(method), self.counts
-                if prices.setting.tokens != self.prices(self.method).setting.tokens:
-                    counts = best_counts(table, prices, budget, points)  # others must leave
-                if not self._try(method, counts):
+                others = prices.setting.tokens != self.prices(self.method).setting.tokens
+                if others:  # must leave, at places that need not be near those of a smaller value
+                    counts = best_counts(table, prices, budget, points)
+                if not self._try(method, counts) and not others:
                     break
         prices = self.prices(self.method)
         seen = {self.counts}

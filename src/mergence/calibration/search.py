@@ -55,11 +55,15 @@ class Prices:
     def steps(self) -> list[Tensor]:
         """For each block, the price of going from one level (row) to another (column)."""
         dense = count(self.model, self.setting.patches).total
+        *blocks, last = self.model.blocks
+        if self.model.prefix_alone:  # no patch is in its MLP, so that to reduce there gains nothing
+            last = replace(last, mlp=0)
+        blocks.append(last)
         tables: dict[BlockCost, Tensor] = {}
-        for block in self.model.blocks:
+        for block in blocks:
             if block in tables:
                 continue
-            alone = replace(self.model, blocks=(block,), stem=0, head=0)
+            alone = replace(self.model, blocks=(block,), stem=0, head=0, prefix_alone=False)
             tables[block] = torch.tensor(
                 [
                     [
@@ -72,7 +76,7 @@ class Prices:
                 ],
                 dtype=torch.float64,
             )
-        return [tables[block] for block in self.model.blocks]
+        return [tables[block] for block in blocks]
 
     def fitted(self, counts: Sequence[int], budget: float) -> tuple[int, ...] | None:
         """Bend all counts by one exponent until they just meet a budget; None where none does."""

@@ -63,10 +63,11 @@ def calibrate(
 
     Each step takes more images than the one before. An eighth of them measures what it costs to
     have only n tokens from a block on. From these curves a dynamic program takes the best schedule
-    for a budget and a number of reduction points. On a quarter of the images the method's options
-    are tried and the schedule is refined by small steps. At last all images compare the result with
-    the method's own schedule at the same budget, and the better one is the recipe. Labels are not
-    looked at and nothing is random: the same images give the same recipe.
+    for a budget and a number of reduction points. A quarter of the images says whether to go on
+    from there or from the method's own schedule; on these the method's options are tried and the
+    schedule is refined by small steps. At last all images compare the result with the method's own
+    schedule at the same budget, and the better one is the recipe. Labels are not looked at and
+    nothing is random: the same images give the same recipe.
 
     On Ctrl-C, once the curves are there, the best recipes until then are returned.
 
@@ -146,7 +147,9 @@ def calibrate(
             complete = not found or found[-1].complete
             try:
                 if complete:
-                    best.improve(table, budget, points, trials, options)
+                    own = _own(best, budget)
+                    own = own if own is not None and _reductions(best, *own) <= points else None
+                    best.improve(table, budget, points, trials, options, own)
                     calibrated, uncalibrated = _compared(best, distance, budget, points)
                     work.concluded(len(found) + 1)
             except KeyboardInterrupt:
@@ -205,21 +208,32 @@ def _recipe(
     return Recipe(method, Counts(after=counts, of=setting.patches), setting.align, notes or {})
 
 
+def _own(best: Best, budget: float) -> tuple[Method, tuple[int, ...]] | None:
+    """The method with its own schedule for a budget, None where that is out of reach."""
+    method = best.method
+    setting = best.prices(dataclasses.replace(method, coarse=None)).setting
+    try:
+        start, *counts = Macs(macs=budget, shape=method.shape).tokens(setting)
+    except ScheduleError:
+        return None
+    return dataclasses.replace(method, coarse=share_of(start, setting.patches)), tuple(counts)
+
+
+def _reductions(best: Best, method: Method, counts: tuple[int, ...]) -> int:
+    """How many blocks of a schedule reduce."""
+    return len({best.prices(method).setting.tokens, *counts}) - 1
+
+
 def _compared(
     best: Best, distance: Distance, budget: float, points: int
 ) -> tuple[float, float | None]:
     """Distance on all images of the best and of the method's own schedule; keeps the better one."""
-    probe, method = best.probe, best.method
-    setting = best.prices(dataclasses.replace(method, coarse=None)).setting
-    calibrated = probe.mean(distance, method, best.counts)
-    try:
-        start, *own = Macs(macs=budget, shape=method.shape).tokens(setting)
-    except ScheduleError:
+    calibrated, own = best.probe.mean(distance, best.method, best.counts), _own(best, budget)
+    if own is None:
         return calibrated, None
-    method = dataclasses.replace(method, coarse=share_of(start, setting.patches))
-    uncalibrated = probe.mean(distance, method, own)
-    if uncalibrated < calibrated and len({start, *own}) - 1 <= points:
-        best.method, best.counts, calibrated = method, tuple(own), uncalibrated
+    uncalibrated = best.probe.mean(distance, *own)
+    if uncalibrated < calibrated and _reductions(best, *own) <= points:
+        (best.method, best.counts), calibrated = own, uncalibrated
     return calibrated, uncalibrated
 
 

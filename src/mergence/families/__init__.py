@@ -10,6 +10,8 @@ from mergence.families._common import (
     reduced_forward,
     refuse_mask,
     require_class,
+    same_library,
+    unwatched,
 )
 
 __all__ = [
@@ -19,4 +21,6 @@ __all__ = [
     "reduced_forward",
     "refuse_mask",
     "require_class",
+    "same_library",
+    "unwatched",
 ]

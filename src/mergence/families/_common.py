@@ -98,6 +98,23 @@ def require_class(
         )
 
 
+def same_library(model: nn.Module, block: nn.Module) -> bool:
+    """Whether a model's class is of the library of its blocks, not somebody's subclass of it."""
+    first, second = (original_class(m).__module__.partition(".")[0] for m in (model, block))
+    return first == second
+
+
+def unwatched(blocks: Any, *after: nn.Module) -> bool:
+    """Whether no hook reads the tokens of a model's last block.
+
+    Args:
+        blocks: The blocks, in their container.
+        *after: What the tokens pass then, before the head.
+    """
+    readers = [m._forward_hooks for m in (blocks[-1], blocks, *after)]
+    return not any([*readers, *(m._forward_pre_hooks for m in after)])
+
+
 def linear_macs(module: Any) -> int:
     """Multiply-adds of a module's linear layers for one token.
 

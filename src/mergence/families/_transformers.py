@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mergence.family import qualified_names
+from mergence.state import Head
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,14 @@ class Container:
     Attributes:
         towers: The paths of which one is that of the tower in it.
         heads: Linear layers of the image side, for its MACs.
-        averages: The head takes the mean of the tower's patch tokens.
+        head: What a classifier outside of the tower makes of its tokens; see `Run.under`.
         full: The head, or a decoder of text, reads a token for every patch.
         oldest: As that of a `Tower`.
     """
 
     towers: tuple[str, ...]
     heads: tuple[str, ...] = ()
-    averages: bool = False
+    head: Head | None = None
     full: bool = False
     oldest: str = "4.57"
 
@@ -249,8 +250,8 @@ _PROJECTED = Container(("vision_model",), ("visual_projection",))
 _BACKBONE = Container(("backbone",))
 
 
-def _classifier(tower: str, averages: bool = False) -> Container:
-    return Container((tower,), ("classifier",), averages)
+def _classifier(tower: str, head: Head = "prefix") -> Container:
+    return Container((tower,), ("classifier",), head)
 
 
 def _read(
@@ -260,7 +261,7 @@ def _read(
     return _named(architecture, *classes), Container(by, full=True, **more)
 
 
-_AVERAGED = _classifier("vision_model", averages=True)
+_AVERAGED = _classifier("vision_model", head="mean")
 
 CONTAINERS: dict[str, Container] = {
     name: container
@@ -269,22 +270,22 @@ CONTAINERS: dict[str, Container] = {
         (_named("deit", "DeiTForImageClassification"), _classifier("deit")),
         (
             _named("deit", "DeiTForImageClassificationWithTeacher"),
-            Container(("deit",), ("cls_classifier", "distillation_classifier")),
+            Container(("deit",), ("cls_classifier", "distillation_classifier"), "prefix"),
         ),
         (_named("vit_msn", "ViTMSNForImageClassification"), _classifier("vit")),
-        (_named("ijepa", "IJepaForImageClassification"), _classifier("ijepa", averages=True)),
+        (_named("ijepa", "IJepaForImageClassification"), _classifier("ijepa", head="mean")),
         (
             _named("audio_spectrogram_transformer", "ASTForAudioClassification"),
             _classifier("audio_spectrogram_transformer"),
         ),
         (
             _named("videomae", "VideoMAEForVideoClassification"),
-            _classifier("videomae", averages=True),
+            _classifier("videomae", head="mean"),
         ),
-        (_named("dinov2", "Dinov2ForImageClassification"), _classifier("dinov2", averages=True)),
+        (_named("dinov2", "Dinov2ForImageClassification"), _classifier("dinov2", head="mean")),
         (
             _named(_REGISTERS, "Dinov2WithRegistersForImageClassification"),
-            _classifier(_REGISTERS, averages=True),
+            _classifier(_REGISTERS, head="mean"),
         ),
         (_named("clip", "CLIPModel", "CLIPVisionModelWithProjection"), _PROJECTED),
         (_named("clip", "CLIPForImageClassification"), _AVERAGED),

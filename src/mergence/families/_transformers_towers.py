@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergence.errors import ReducedOutputError
-from mergence.families._common import refuse_mask
+from mergence.families._common import refuse_mask, unwatched
 from mergence.families._transformers import TOWERS, entry
 from mergence.program import Program
 from mergence.restoring import restored
-from mergence.state import Carry, Run, attach
+from mergence.state import Carry, Head, Run, attach
 
 _ADDITIVE = ("sdpa", "eager")
 
@@ -41,19 +41,25 @@ class ReducedTower:
         program.tokens(rows * columns)  # refuses a size at which the schedule cannot be followed
         states = options.get("output_hidden_states", self.config.output_hidden_states)
         every_patch = states or not self._mergence_pooled
-        with run.forward((rows, columns), every_patch=every_patch):
+        kind: Any = entry(TOWERS, self)
+        alone = (
+            program.cost.prefix_alone
+            and run.head == "prefix"
+            and not states
+            and unwatched(self.get_submodule(kind.blocks), self.get_submodule(kind.norm), self)
+        )
+        with run.forward((rows, columns), every_patch=every_patch, prefix_alone=alone):
             outputs = dense.forward(*inputs, **options)
             last = outputs[0]
             if not isinstance(last, Tensor):
                 return outputs  # a backbone's maps, made of what ReducedStack gave out
-            kind: Any = entry(TOWERS, self)
             known = run.known()
             final = run.known_after(getattr(self, kind.norm) if kind.norm else None)
             if self._mergence_full:
                 return _each(
                     outputs, lambda x: _whole(x, final if x is last else known, program.prefix)
                 )
-            if not run.averaged or known is None or known.size is None:
+            if run.head != "mean" or known is None or known.size is None:
                 attach(last, final)
                 return outputs
             weighted = _times_size(last, known.size)
@@ -181,15 +187,23 @@ class ReducedContainer:
     """Mixed into models around a tower whose heads read the class token or what it pooled."""
 
 
-class AveragingContainer:
-    """Mixed into classifiers whose heads take the mean of the tower's patch tokens."""
+class ReducedClassifier:
+    """Mixed into classifiers whose heads read the tower's prefix tokens."""
+
+    _mergence_head: ClassVar[Head] = "prefix"
 
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
-        """The model's forward, in which the tower gives its tokens out times their sizes."""
-        dense: Any = super(AveragingContainer, self)
+        """The model's forward, in which the tower knows what becomes of its tokens."""
+        dense: Any = super(ReducedClassifier, self)
         run: Run = self._mergence.run
-        with run.averaging():
+        with run.under(self._mergence_head):
             return dense.forward(*inputs, **options)
+
+
+class AveragingClassifier(ReducedClassifier):
+    """Mixed into classifiers whose heads take the mean of the tower's patch tokens."""
+
+    _mergence_head: ClassVar[Head] = "mean"
 
 
 def _image(inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:

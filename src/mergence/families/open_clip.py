@@ -24,6 +24,8 @@ from mergence.families._common import (
     reduced_forward,
     refuse_mask,
     require_class,
+    same_library,
+    unwatched,
 )
 from mergence.families._multihead import attention, scale_of
 from mergence.family import Family, ModelSpec, qualified_names
@@ -153,7 +155,13 @@ def _run(tower: Any, image: Tensor, *, every_patch: bool = False) -> AbstractCon
     height, width = tower.patch_size
     program: Program = tower._mergence
     grid = image.shape[-2] // height, image.shape[-1] // width
-    return program.run.forward(grid, every_patch=every_patch)
+    alone = (
+        not every_patch
+        and program.cost.prefix_alone
+        and not tower.output_tokens  # which may be asked for later
+        and unwatched(tower.transformer.resblocks, tower.transformer, tower.ln_post)
+    )
+    return program.run.forward(grid, every_patch=every_patch, prefix_alone=alone)
 
 
 def _size(program: Program) -> Tensor | None:
@@ -241,6 +249,10 @@ class OpenClip(Family):
                 stem=tower.conv1.weight.numel(),
                 head=head,
                 head_per_token=per_token,
+                prefix_alone=same_library(tower, blocks[0])
+                and tower.pool_type == "tok"
+                and pool is None
+                and not tower.output_tokens,
             ),
             block_mixin=ReducedBlock,
             parts=tuple(parts),

@@ -23,6 +23,8 @@ from mergence.families._common import (
     reduced_forward,
     refuse_mask,
     require_class,
+    same_library,
+    unwatched,
 )
 from mergence.families._timm_refused import REFUSED
 from mergence.family import Family, ModelSpec
@@ -124,7 +126,13 @@ class ReducedTrunk:
         program: Program = self._mergence
         if not program.run.disabled:
             program.tokens(rows * columns)  # refuses a size at which it cannot be followed
-        return program.run.forward((rows, columns), every_patch=every_patch)
+        alone = (
+            not every_patch
+            and program.cost.prefix_alone
+            and _reads_prefix_alone(self)  # still: its pooling may have been reset
+            and unwatched(self.blocks, self.norm)
+        )
+        return program.run.forward((rows, columns), every_patch=every_patch, prefix_alone=alone)
 
     def forward(self: Any, x: Tensor, *masks: Any, **options: Any) -> Tensor:
         """The model's forward, as one run. The blocks refuse masks."""
@@ -313,6 +321,7 @@ class Timm(Family):
             stem=embed.proj.weight.numel(),
             **_head_cost(model),
             placed=self._looks_at_places(model),
+            prefix_alone=same_library(model, blocks[0]) and _reads_prefix_alone(model),
         )
         return ModelSpec(
             blocks=blocks,
@@ -361,6 +370,11 @@ class Timm(Family):
             return build
 
         return {name: builder(*kind) for name, kind in self.kinds.items()}
+
+
+def _reads_prefix_alone(model: Any) -> bool:
+    pooled = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
+    return pooled and model.num_prefix_tokens > 0
 
 
 def _head_cost(model: Any) -> dict[str, Any]:

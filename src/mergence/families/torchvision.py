@@ -17,6 +17,8 @@ from mergence.families._common import (
     randomised,
     reduced_forward,
     require_class,
+    same_library,
+    unwatched,
 )
 from mergence.families._multihead import attention, scale_of
 from mergence.family import Family, ModelSpec
@@ -67,7 +69,10 @@ class ReducedModel:
         dense: Any = super(ReducedModel, self)
         program: Program = self._mergence
         grid = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
-        with program.run.forward(grid):
+        alone = program.cost.prefix_alone and unwatched(
+            self.encoder.layers, self.encoder.ln, self.encoder
+        )
+        with program.run.forward(grid, prefix_alone=alone):
             y: Tensor = dense.forward(x)
             return y
 
@@ -113,6 +118,7 @@ class Torchvision(Family):
                 head_dim=blocks[0].self_attention.head_dim,
                 stem=_stem_macs(model),
                 head=linear_macs(model.heads),
+                prefix_alone=same_library(model, blocks[0]),
             ),
             block_mixin=ReducedBlock,
             parts=tuple(parts),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
 
 from mergence.errors import UnsupportedModelError
 from mergence.families._coarse import CoarseStem, can_read_coarsely
-from mergence.families._common import linear_macs, require_class
+from mergence.families._common import linear_macs, require_class, same_library
 from mergence.families._transformers import (
     CONTAINERS,
     REFUSED,
@@ -27,7 +28,8 @@ from mergence.families._transformers_blocks import BLOCK_MIXINS
 from mergence.families._transformers_releases import as_built, require_release
 from mergence.families._transformers_tiny import tiny_models
 from mergence.families._transformers_towers import (
-    AveragingContainer,
+    AveragingClassifier,
+    ReducedClassifier,
     ReducedContainer,
     ReducedEmbeddings,
     ReducedFullTower,
@@ -43,7 +45,14 @@ from mergence.families._transformers_towers import (
 )
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import BlockCost, ModelCost
+from mergence.state import Head
 from mergence.surgery import original_class
+
+_CONTAINER_MIXINS: Mapping[Head | None, type] = {
+    None: ReducedContainer,
+    "prefix": ReducedClassifier,
+    "mean": AveragingClassifier,
+}
 
 
 class Transformers(Family):
@@ -110,13 +119,14 @@ class Transformers(Family):
         if kind.maps:
             parts.append((tower.get_submodule(kind.blocks.rpartition(".")[0]), ReducedStack))
         if container is not None:
-            mixin = AveragingContainer if container.averages else ReducedContainer
-            parts.append((model, mixin))
+            parts.append((model, _CONTAINER_MIXINS[container.head]))
+        alone = container is not None and container.head == "prefix"
+        alone = alone and same_library(model, blocks[0])
         heads = [getattr(model, name) for name in container.heads] if container else []
         return ModelSpec(
             blocks=blocks,
             patches=math.prod(grid),
-            cost=_cost(tower, kind, head, heads),
+            cost=replace(_cost(tower, kind, head, heads), prefix_alone=alone),
             block_mixin=BLOCK_MIXINS[kind.layout],
             parts=tuple(parts),
             classes=model.num_labels if "Classification" in type(model).__name__ else 0,
@@ -137,7 +147,7 @@ def _mixin(kind: Tower, container: Container | None) -> type:
         return ReducedFullTower
     if kind.masks:
         return ReducedMaskingTower
-    pooled = container is not None and (container.heads or container.averages)
+    pooled = container is not None and container.heads
     return ReducedPooledTower if pooled else ReducedTower
 
 
