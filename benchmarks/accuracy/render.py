@@ -28,9 +28,8 @@ python benchmarks/accuracy/run.py MODEL --data VAL --calibrate-on TRAIN --out NA
 Nothing was trained. Images to calibrate on come from the training archive, without labels; MACs
 include everything. Two comparisons: every method with the schedule of its own paper, which shows
 what the method gives, and every method with the schedule calibrated for `mergence`, which shows
-what the calibration gives. The calibrated counts leave one token after the last block, which loses
-nothing for a model that reads its class token; methods that can remove only half of the tokens in
-one step keep more there.
+what the calibration gives. For DeiT-S nobody computes the [last MLP](macs.md#the-last-mlp) of patch
+tokens, which keeps more of them elsewhere, with every method.
 """
 KINDS = {
     "own": "each method with its own published schedule",
