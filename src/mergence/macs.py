@@ -99,6 +99,18 @@ class ReductionCost:
     learned: Callable[[int], int] | None = None
 
 
+def without_unread(tokens: Sequence[int], patches: int) -> Sequence[int]:
+    """The tokens of a schedule where nobody reads those after the last block.
+
+    What reduces nothing is left as it is, so that it stays exact.
+
+    Args:
+        tokens: Patch tokens that enter the first block, and those left after each.
+        patches: Patches of the image.
+    """
+    return (*tokens[:-1], 0) if min(tokens) < patches else tokens
+
+
 def count(
     model: ModelCost,
     patches: int,
@@ -117,8 +129,8 @@ def count(
     attention = mlp = importance = planning = merging = learned = 0
     stem = patches * model.stem
     tokens = (patches,) * (len(model.blocks) + 1) if tokens is None else tokens
-    if model.prefix_alone and min(tokens) < patches:
-        tokens = (*tokens[:-1], 0)
+    if model.prefix_alone:
+        tokens = without_unread(tokens, patches)
     start = before = tokens[0]
     if start < patches:  # every region is read at half the resolution, and then some are chosen
         stem += patches // SIDE**2 * model.stem

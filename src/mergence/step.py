@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from mergence import ops
 from mergence.errors import ReducedOutputError
 from mergence.importance import attention_from, attention_received
+from mergence.macs import without_unread
 from mergence.plan import TokenView
 from mergence.program import Program, without_autocast
 from mergence.state import Carry, attach, attached
@@ -65,10 +67,10 @@ class BlockStep:
         # at the index would be made for each.
         key = patches, carry.prefix_alone
         if key not in self._slots:
-            tokens = self.program.tokens(patches)
+            tokens: Sequence[int] = self.program.tokens(patches)
+            if carry.prefix_alone:
+                tokens = without_unread(tokens, patches)
             before, after = tokens[self.index :][:2]
-            if carry.prefix_alone and self.index + 1 == self.program.depth:
-                after = 0 if min(tokens) < patches else after  # what reduces nothing stays exact
             self._slots[key] = after if after < before else None
         return self._slots[key]
 
