@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import mergence
 from mergence import demo, family
 from mergence.cli import app, main
 from mergence.errors import MergenceError
@@ -106,6 +107,11 @@ def test_bench_says_where_the_time_goes(tmp_path: Path) -> None:
     assert dense.keys() == {"name", "batch", "dtype", "ms", "share"}
     assert (dense["name"], reduced["name"]) == ("dense", "mergence")
     assert reduced["ms"]["planning"] > dense["ms"]["planning"] == 0
+
+
+def test_the_version_is_told() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.output.strip()) == (0, mergence.__version__)
 
 
 def test_list_shows_every_method_and_family(tmp_path: Path) -> None:

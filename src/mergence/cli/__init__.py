@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from mergence._version import __version__
 from mergence.cli import bench, calibrate, demo, evaluate, export, listing, train, visualize
 from mergence.cli.output import error, warning
 from mergence.errors import MergenceError
@@ -29,6 +31,22 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("export")(export.export)
 app.command("train")(train.train)
 app.command("visualize")(visualize.visualize)
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
