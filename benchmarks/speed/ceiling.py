@@ -5,7 +5,8 @@
 The free model cuts its tokens off by a slice between attention and MLP, where a reduction merges
 them: no importance, no plan, no merge, no mask. How far it stays below its share of the MACs is
 what smaller matrices cost on this device; no reduction can be faster. Prints, for both, the
-speed-up against the dense model times the share of the MACs.
+speed-up against the dense model times the share of the MACs. And the time of images of one patch,
+which is what no token has to do with: reading the weights, and beginning every operator.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import mergence
-from mergence.benchmark import take_turns
+from mergence.benchmark import MODES, call_in, take_turns
 from mergence.families._coarse import as_product
 from mergence.macs import count
 from mergence.program import program_of
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--mode", choices=MODES, default="eager")
     arguments = parser.parse_args()
     place = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
     dense = timm.create_model(arguments.model).eval().to(**place)
@@ -51,15 +53,20 @@ def main() -> None:
             macs = count(program.cost, program.patches, program.tokens()).total
             free = _free(copy.deepcopy(dense), program.tokens())
             models[f"{method}@{budget:g}, free"] = free, macs / program.macs(dense=True).total
+    side = dense.patch_embed.patch_size[0]
+    one = timm.create_model(arguments.model, img_size=side).eval().to(**place)
     for batch in arguments.batch_sizes:
         images = torch.randn(batch, *dense.pretrained_cfg["input_size"], **place)
-        calls = {name: model for name, (model, _) in models.items()}
+        calls = {name: call_in(model, arguments.mode) for name, (model, _) in models.items()}
+        alone = call_in(one, arguments.mode)
+        calls["one patch"] = lambda images, alone=alone: alone(images[..., :side, :side])
         with torch.inference_mode():
             times = take_turns(calls, images, arguments.seconds, arguments.rounds)
         median = {name: statistics.median(taken) for name, taken in times.items()}
         for name, (_, share) in models.items():
             ideal = median["dense"] / median[name] * share
             print(f"batch {batch:3d}  {name:22s} {median[name]:9.2f} ms  {ideal:.3f}")
+        print(f"batch {batch:3d}  {'one patch':22s} {median['one patch']:9.2f} ms")
 
 
 def _free(model: Any, tokens: Sequence[int]) -> nn.Module:

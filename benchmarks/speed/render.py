@@ -26,9 +26,7 @@ times the share of the MACs: 1 where the time fell as much as the MACs. Dense an
 take turns, medians; compare cells of one row, not times of two runs. The dense model runs torch's
 fused attention, and reduced models what is fastest with sizes
 ([which](benchmarking.md#what-a-device-allows)). Schedules are those that each method has without
-calibration. Bold where `mergence` is the fastest of the row at that budget. All of it was made
-before the [last MLP](macs.md#the-last-mlp) was left to the class token: at the same MACs one to
-five tokens more stay in each block today.
+calibration. Bold where `mergence` is the fastest of the row at that budget.
 
 Below the speeds is what reducing costs: scoring + planning + merging in per cent of the dense
 forward, in eager mode ([what they are](benchmarking.md#where-the-time-goes)).

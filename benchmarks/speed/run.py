@@ -118,7 +118,9 @@ def main() -> None:
 def _capability(device: torch.device) -> str:
     if device.type == "cuda":
         return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
-    return torch.backends.cpu.get_cpu_capability()
+    tiles, vectors = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    beside = " with AMX" if tiles else " with bfloat16" if vectors else ""
+    return torch.backends.cpu.get_cpu_capability() + beside
 
 
 def _write(result: dict[str, Any], out: Path) -> None:

@@ -141,7 +141,7 @@ def bench(
         layout = _layout(models[DENSE], input_size, device, dtype)
         for mode in modes:
             for batch in batches:
-                calls = {name: _callable(one, mode) for name, one in models.items()}
+                calls = {name: call_in(one, mode) for name, one in models.items()}
                 images = _images(batch, input_size, device, dtype, layout)
                 times = take_turns(calls, images, seconds, rounds)
                 dense = statistics.median(times[DENSE])
@@ -244,7 +244,8 @@ def _prepared(
     return one if recipe is None else apply(one, recipe)
 
 
-def _callable(model: nn.Module, mode: str) -> Callable[[Tensor], Any]:
+def call_in(model: nn.Module, mode: str) -> Callable[[Tensor], Any]:
+    """What to call for one forward in a mode, one of `MODES`."""
     compiled = MODES[mode]
     if compiled is None:
         return model
