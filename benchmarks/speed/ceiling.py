@@ -4,9 +4,10 @@
 
 The free model cuts its tokens off by a slice between attention and MLP, where a reduction merges
 them: no importance, no plan, no merge, no mask. How far it stays below its share of the MACs is
-what smaller matrices cost on this device; no reduction can be faster. Prints, for both, the
-speed-up against the dense model times the share of the MACs. And the time of images of one patch,
-which is what no token has to do with: reading the weights, and beginning every operator.
+what smaller matrices cost on this device; no reduction with the same attention can be faster.
+Prints, for both, the speed-up against the dense model times the share of the MACs. And the time of
+images of one patch, which is about what no token has to do with: reading the weights, and beginning
+every operator.
 """
 
 from __future__ import annotations
