@@ -149,10 +149,12 @@ def shorten() -> Callable[[nn.Module, int], nn.Module]:
     """Cuts a model to its first blocks, for what takes seconds a block."""
 
     def cut(model: nn.Module, blocks: int) -> nn.Module:
-        found = family.find(model).inspect(model).blocks
+        gone = family.find(model).inspect(model).blocks[blocks:]
         for module in model.modules():
-            if isinstance(module, nn.Sequential | nn.ModuleList) and tuple(module) == found:
-                del module[blocks:]
+            if isinstance(module, nn.Sequential | nn.ModuleList):
+                for index in reversed(range(len(module))):
+                    if any(module[index] is block for block in gone):
+                        del module[index]
         assert len(family.find(model).inspect(model).blocks) == blocks
         return model
 

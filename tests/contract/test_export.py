@@ -98,7 +98,9 @@ def test_coarse_patches_have_operators_that_executorch_knows(vit: nn.Module, ima
 def test_a_model_of_every_family_becomes_an_onnx_graph(
     name: str, shorten: Any, tmp_path: Path
 ) -> None:
-    build = next(iter(family.registry()[name].tiny().values()))
+    found = family.registry()[name]
+    build = next(iter(found.tiny().values()))
     model = mergence.apply(shorten(build(), 2), keep_rate=0.7)
-    done = mergence.export(model, tmp_path / "m.onnx", torch.randn(20, 3, 96, 96))
+    images = torch.randn(20, *found.input_shape(model))
+    done = mergence.export(model, tmp_path / "m.onnx", images)
     assert done.agreement.off == 0

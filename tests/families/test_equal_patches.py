@@ -26,6 +26,7 @@ APART = (
     "transformers-dinov3",
     "transformers-videomae",
     "transformers-vitpose_backbone",
+    "transformers_vjepa2",
 )
 ONE_KERNEL = ("open_clip", "torchvision")
 FAST = {f"{f.name}-{kind}" for f in family.registry().values() for kind in [*f.tiny()][:1]}

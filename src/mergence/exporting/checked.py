@@ -24,7 +24,7 @@ class Export:
         path: The file.
         to: Its format.
         opset: The ONNX opset; None for other formats.
-        image: Channels, height and width that it takes; the batch is dynamic.
+        image: The shape of one image (or video) that it takes; the batch is dynamic.
         torch: The version that exported it.
         agreement: How it compares with the model.
         operators: The operators of the ONNX graph with how often each is there; else empty.
@@ -64,8 +64,8 @@ def export(
     Args:
         model: The model, in evaluation mode.
         path: The file to write.
-        images: `[B, C, H, W]` real images, prepared as for the model, at least 2. Their size is
-            that of the exported model; its batch is dynamic.
+        images: `[B, C, H, W]` real images, or videos `[B, T, C, H, W]`, prepared as for the model,
+            at least 2. Their size is that of the exported model; its batch is dynamic.
         to: `onnx`, `pt2` (torch.export) or `aoti` (AOTInductor: compiled for this kind of machine,
             needs a C++ compiler). None goes by the suffix.
         opset: Version of the ONNX operators, 18 or later.
@@ -84,10 +84,11 @@ def export(
         raise OptionError(
             "The model is in training mode, with dropout and the like. Call model.eval() first."
         )
-    if images.ndim != 4 or len(images) < 2:
+    if images.ndim not in (4, 5) or len(images) < 2:
         raise OptionError(
-            f"The images have the shape {list(images.shape)}; give [B, C, H, W] with a batch of "
-            "at least 2, so that the batch can be told from the other sizes."
+            f"The images have the shape {list(images.shape)}; give [B, C, H, W], or "
+            "[B, T, C, H, W] for videos, with a batch of at least 2, so that the batch can be told "
+            "from the other sizes."
         )
     if opset < 18:
         raise OptionError(f"opset {opset} is too old for torch's exporter; give 18 or later.")
