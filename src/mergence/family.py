@@ -138,7 +138,7 @@ def find(model: nn.Module) -> Family:
                 raise UnsupportedModelError(
                     f"A {name} cannot be reduced: {one.refused[name]}. Known: {known}."
                 )
-    inner = next(((name, m) for name, m in model.named_modules() if name and _match(m)), None)
+    inner = next(((name, m) for name, m in model.named_modules() if name and knows(m)), None)
     hint = (
         f"It contains a supported model at '.{inner[0]}': apply to that module instead."
         if inner
@@ -148,6 +148,11 @@ def find(model: nn.Module) -> Family:
         f"No family knows the model class {qualified_names(type(model))[0]}; windowed, "
         f"hierarchical and convolutional models have no sequence of tokens to reduce. {hint}"
     )
+
+
+def knows(model: nn.Module) -> bool:
+    """Whether a family knows the model's class."""
+    return _match(model) is not None
 
 
 def release(library: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar
@@ -22,6 +22,9 @@ from mergence.program import Program
 from mergence.restoring import restored
 from mergence.state import Carry, attach, attached
 from mergence.step import BlockStep
+
+FirstHalf = Callable[[Tensor, Carry], Sequence[Any]]
+SecondHalf = Callable[[Tensor], Tensor]
 
 # What the library computes from the grids, unless it is given it.
 _COMPUTED = (
@@ -62,7 +65,7 @@ class ReducedPackedTower:
                 )
                 known = run.known()
                 found.append(_every_patch(outputs, known, batch.frames, self._mergence_bare))
-        return _joined(found)
+        return joined(found)
 
 
 class ReducedBareTower(ReducedPackedTower):
@@ -133,14 +136,26 @@ class ReducedReader:
 class ReducedPackedBlock:
     """Mixed into the library's blocks."""
 
+    _mergence_attention: ClassVar[str] = "attn"
+
+    def _mergence_halves(self: Any, **options: Any) -> tuple[FirstHalf, SecondHalf]:
+        """The block's forward of frames `[B, N, C]`, restated up to the MLP and from there on."""
+        rope: Sequence[Tensor] = options["position_embeddings"]
+        ends: Tensor = options["cu_seqlens"][1:]
+        return (
+            lambda x, known: _first_half(self, x, known, rope, ends),
+            lambda x: x + self.mlp(self.norm2(x)),
+        )
+
     def forward(self: Any, hidden_states: Tensor, *inputs: Any, **options: Any) -> Tensor:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
         run = step.program.run
+        *one, _, channels = hidden_states.shape  # some libraries put a 1 before packed tokens
 
         def whole(x: Tensor) -> Tensor:
             dense: Any = super(ReducedPackedBlock, self)
-            y: Tensor = dense.forward(x.flatten(0, -2), *inputs, **options)
+            y: Tensor = dense.forward(x.reshape(*one, -1, channels), *inputs, **options)
             return y.view_as(x)
 
         if run.disabled:
@@ -154,19 +169,12 @@ class ReducedPackedBlock:
                 "that with use_reentrant=False."
             )
         attach(hidden_states, known)  # gradient checkpointing calls again when the run is over
-        x = hidden_states.view(-1, known.tokens, hidden_states.shape[-1])
+        x = hidden_states.view(-1, known.tokens, channels)
         attach(x, known)
-        rope: Sequence[Tensor] = options["position_embeddings"]
-        ends: Tensor = options["cu_seqlens"][1:]
-        y = reduced_forward(
-            self,
-            x,
-            whole,
-            lambda x, known: _first_half(self, x, known, rope, ends),
-            lambda x: x + self.mlp(self.norm2(x)),
-            scale_of(self.attn),
-        )
-        tokens = y.flatten(0, 1)
+        first, second = self._mergence_halves(**options)
+        attn = getattr(self, self._mergence_attention)
+        y = reduced_forward(self, x, whole, first, second, scale_of(attn))
+        tokens = y.reshape(*one, -1, channels)
         attach(tokens, attached(y))
         return tokens
 
@@ -237,13 +245,13 @@ def _every_patch(outputs: Any, known: Carry | None, frames: int, bare: bool) -> 
     return outputs
 
 
-def _joined(found: Sequence[Any]) -> Any:
+def joined(found: Sequence[Any]) -> Any:
     """What a tower gave out for some images, and then for others, in one."""
     one = found[0]
     if len(found) == 1 or one is None:
         return one
     if isinstance(one, Tensor):
-        return torch.cat(list(found))
+        return torch.cat(list(found), dim=-2)
     if isinstance(one, Mapping):
-        return type(one)(**{name: _joined([each[name] for each in found]) for name in one})
-    return type(one)(map(_joined, zip(*found, strict=True)))
+        return type(one)(**{name: joined([each[name] for each in found]) for name in one})
+    return type(one)(map(joined, zip(*found, strict=True)))

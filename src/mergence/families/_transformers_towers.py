@@ -56,7 +56,7 @@ class ReducedTower:
             known = run.known()
             final = run.known_after(getattr(self, kind.norm) if kind.norm else None)
             if self._mergence_full:
-                return _each(
+                return each_tensor(
                     outputs, lambda x: _whole(x, final if x is last else known, program.prefix)
                 )
             if run.head != "mean" or known is None or known.size is None:
@@ -212,14 +212,14 @@ def _image(inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
     return inputs[0] if inputs else options.get("pixel_values", options.get("input_values"))
 
 
-def _each(found: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def each_tensor(found: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """What a tower gives out, with all tokens in it changed, `[B, P + N, C]`."""
     if isinstance(found, Tensor):
         return change(found) if found.ndim == 3 else found  # pooled
     if isinstance(found, tuple):
-        return tuple(_each(one, change) for one in found)
+        return tuple(each_tensor(one, change) for one in found)
     for name in list(found or ()):
-        found[name] = _each(found[name], change)
+        found[name] = each_tensor(found[name], change)
     return found
 
 

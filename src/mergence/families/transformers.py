@@ -43,7 +43,7 @@ from mergence.families._transformers_towers import (
     require_additive,
     require_all_patches,
 )
-from mergence.family import Family, ModelSpec, qualified_names
+from mergence.family import Family, ModelSpec, knows, qualified_names
 from mergence.macs import BlockCost, ModelCost
 from mergence.state import Head
 from mergence.surgery import original_class
@@ -82,9 +82,12 @@ class Transformers(Family):
             require_release(model, container.oldest)
         kind = entry(TOWERS, tower)
         if kind is None:
+            hint = f"Known: {self.supported}."
+            if knows(tower):
+                hint = f"It is reduced by itself: mergence.apply(model.{path}, ...)."
             raise UnsupportedModelError(
                 f"The '{path}' of this {type(model).__name__} is a "
-                f"{qualified_names(original_class(tower))[0]}. Known: {self.supported}."
+                f"{qualified_names(original_class(tower))[0]}. {hint}"
             )
         kind = as_built(kind, tower)
         require_additive(tower.config, UnsupportedModelError)
