@@ -1,4 +1,4 @@
-"""transformers' backbones, whose maps have a place for every patch, and depth models on them."""
+"""transformers' backbones, whose maps have a place for every patch, and depth and poses on them."""
 
 from __future__ import annotations
 
@@ -182,3 +182,39 @@ def test_a_depth_model_on_another_backbone_is_refused() -> None:
     )
     with pytest.raises(UnsupportedModelError, match=r"'backbone' of this DepthAny.*SwinBackbone"):
         mergence.apply(model, macs=0.67)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("experts", [1, 2])
+def test_poses(experts: int) -> None:
+    config = transformers.VitPoseConfig(
+        backbone_config=tiny_configuration(
+            "VitPoseBackboneConfig",
+            image_size=[128, 96],
+            patch_size=[16, 16],
+            num_experts=experts,
+            part_features=12,
+            out_indices=[6],
+        ),
+        num_labels=5,
+    )
+    model = randomised(transformers.VitPoseForPoseEstimation(config)).eval()
+    image, index = torch.randn(2, 3, 128, 96), torch.tensor([0, experts - 1])
+
+    def call(index: Tensor) -> Tensor:
+        maps: Tensor = model(image, dataset_index=index).heatmaps
+        return maps
+
+    expected = call(index)
+    mergence.apply(model, macs=1.0)
+    assert torch.equal(call(index), expected)
+    mergence.apply(model, schedule=[48, 40, 40, 30, 30, 20])
+    found = call(index)
+    assert found.shape == expected.shape == (2, 5, 32, 24)
+    assert not torch.equal(found, expected)
+    assert torch.equal(found, call(index.flip(0))) == (experts == 1)
+    other = model.backbone(image, index)
+    mergence.apply(model.backbone, mergence.recipe_of(model))
+    assert torch.equal(model.backbone(image, index).feature_maps[0], other.feature_maps[0])
+    with mergence.disabled(model):
+        assert torch.equal(call(index), expected)

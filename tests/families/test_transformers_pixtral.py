@@ -255,9 +255,7 @@ def test_inside_llava_the_tower_is_reduced_by_itself(images: Tensor) -> None:
         vision_config=tower, text_config=text, vision_feature_layer=-1, **options
     )
     model = randomised(transformers.LlavaForConditionalGeneration(config)).eval()
-    with pytest.raises(
-        UnsupportedModelError, match=r"apply\(model\.model\.vision_tower,"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"apply\(model\.model\.vision_tower,"):
         mergence.apply(model, macs=0.6)
     prompt = torch.tensor([[7, *[5] * sum(PATCHES), 9, 10]])
     inputs = {"input_ids": prompt, "pixel_values": images, "image_sizes": SIZES}

@@ -30,6 +30,9 @@ CLIP, SIGLIP, INTERN, *PADDING = (
 PERCEIVER = {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 3}
 PERCEIVER |= {"resampler_head_dim": 16, "num_key_value_heads": 3, "hidden_size": 48}
 
+GEMMA = SMALL | {"model_type": "gemma", "num_key_value_heads": 3, "head_dim": 16}
+GEMMA |= {"intermediate_size": 96, "vocab_size": 64}
+
 Reader = tuple[Any, str, Callable[[Any, Tensor], Tensor]]
 
 
@@ -126,6 +129,35 @@ def conversation(
     return model, f"model.{tower}", call
 
 
+def paligemma() -> dict[str, Any]:
+    """The configuration of a PaliGemma inside another model, and of its text."""
+    options = {"vision_config": SIGLIP | {"projection_dim": 48}, "text_config": GEMMA}
+    return options | {"model_type": "paligemma", "projection_dim": 48, "image_token_index": 5}
+
+
+def retriever() -> Reader:
+    model = build("ColPaliForRetrieval", transformers.ColPaliConfig(vlm_config=paligemma()))
+    prompt = torch.tensor([[5] * 36 + [2, 7]] * 2)
+    return model, "vlm.vision_tower", lambda model, image: model(prompt, image).embeddings
+
+
+def robot() -> Reader:
+    config = transformers.PI0Config(vlm_config=paligemma(), dit_config=GEMMA, chunk_size=4)
+    model = build("PI0ForConditionalGeneration", config)
+    inputs = {
+        "state": torch.ones(2, 32),
+        "noise": torch.ones(2, 4, 32),
+        "timestep": torch.tensor([0.5, 0.5]),
+        "input_ids": torch.tensor([[5] * 36 + [2, 7]] * 2),
+        "pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool),
+    }
+    return (
+        model,
+        "model.vlm.vision_tower",
+        lambda model, image: model(pixel_values=image[:, None], **inputs).logits,
+    )
+
+
 def reader_of_text() -> Reader:
     decoder = transformers.TrOCRConfig(
         d_model=48, decoder_layers=1, decoder_attention_heads=3, decoder_ffn_dim=96, vocab_size=64
@@ -161,6 +193,9 @@ READERS: dict[str, Callable[[], Reader]] = {
     "llava": lambda: conversation("Llava", "llama", 36),
     "vipllava": lambda: conversation("VipLlava", "llama", 36, vision_feature_layers=[-2, -3]),
     "llava_next": lambda: conversation("LlavaNext", "llama", 78, image_grid_pinpoints=[[96, 96]]),
+    "llava_next_video": lambda: conversation(
+        "LlavaNextVideo", "llama", 78, image_grid_pinpoints=[[96, 96]]
+    ),
     "llava_onevision": lambda: conversation(
         "LlavaOnevision", "qwen2", 78, SIGLIP, image_grid_pinpoints=[[96, 96]]
     ),
@@ -182,6 +217,8 @@ READERS: dict[str, Callable[[], Reader]] = {
     ),
     "idefics3": lambda: conversation("Idefics3", "llama", 9, PADDING[1]),
     "smolvlm": lambda: conversation("SmolVLM", "llama", 9, PADDING[2]),
+    "colpali": retriever,
+    "pi0": robot,
     "trocr": reader_of_text,
     "dpt": depth,
 }
@@ -299,42 +336,6 @@ def test_they_write(make: Callable[[], Reader], image: Tensor) -> None:
     assert len(model.generate(pixel_values=image, **options)) == 2
     with mergence.disabled(model):
         assert torch.equal(model.generate(pixel_values=image, **options), expected)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("experts", [1, 2])
-def test_poses(experts: int) -> None:
-    config = transformers.VitPoseConfig(
-        backbone_config=tiny_configuration(
-            "VitPoseBackboneConfig",
-            image_size=[128, 96],
-            patch_size=[16, 16],
-            num_experts=experts,
-            part_features=12,
-            out_indices=[6],
-        ),
-        num_labels=5,
-    )
-    model = build("VitPoseForPoseEstimation", config)
-    image, index = torch.randn(2, 3, 128, 96), torch.tensor([0, experts - 1])
-
-    def call(index: Tensor) -> Tensor:
-        maps: Tensor = model(image, dataset_index=index).heatmaps
-        return maps
-
-    expected = call(index)
-    mergence.apply(model, macs=1.0)
-    assert torch.equal(call(index), expected)
-    mergence.apply(model, schedule=[48, 40, 40, 30, 30, 20])
-    found = call(index)
-    assert found.shape == expected.shape == (2, 5, 32, 24)
-    assert not torch.equal(found, expected)
-    assert torch.equal(found, call(index.flip(0))) == (experts == 1)
-    other = model.backbone(image, index)
-    mergence.apply(model.backbone, mergence.recipe_of(model))
-    assert torch.equal(model.backbone(image, index).feature_maps[0], other.feature_maps[0])
-    with mergence.disabled(model):
-        assert torch.equal(call(index), expected)
 
 
 @torch.no_grad()

@@ -190,6 +190,7 @@ _LANGUAGE = (
     ("llava", "Llava"),
     ("vipllava", "VipLlava"),
     ("llava_next", "LlavaNext"),
+    ("llava_next_video", "LlavaNextVideo"),
     ("llava_onevision", "LlavaOnevision"),
     ("paligemma", "PaliGemma"),
     ("gemma3", "Gemma3"),
@@ -333,6 +334,13 @@ CONTAINERS: dict[str, Container] = {
                 oldest="5.6",
             )
             for architecture, names in _LANGUAGE
+        ),
+        _read("colpali", "ColPaliForRetrieval", by=("vlm.vision_tower",), oldest="5.6"),
+        _read(
+            "pi0",
+            "PI0Model",
+            "PI0ForConditionalGeneration",
+            by=("vlm.vision_tower", "model.vlm.vision_tower"),
         ),
         _read("vision_encoder_decoder", "VisionEncoderDecoderModel", by=("encoder",)),
     )

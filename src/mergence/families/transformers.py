@@ -66,10 +66,10 @@ class Transformers(Family):
         "where its checkpoints load as SigLIP) and AIMv2, alone, with a classifier, and inside "
         "CLIPModel and SiglipModel; DINOv2 and DINOv3 as backbones, Depth Anything and DPT; "
         "OWL-ViT, OWLv2, CLIPSeg and ViTPose; BLIP, BLIP-2, InstructBLIP, and "
-        "VisionEncoderDecoderModel on one of these (TrOCR); LLaVA, LLaVA-NeXT, LLaVA-OneVision, "
-        "VipLLaVA, PaliGemma, Gemma 3, Aya Vision, Command A Vision, DeepSeek-VL, InternVL, "
-        "SmolVLM, Idefics2 and Idefics3; the encoder of ViT-MAE on whole images; VideoMAE; Audio "
-        "Spectrogram Transformer"
+        "VisionEncoderDecoderModel on one of these (TrOCR); LLaVA, LLaVA-NeXT and its videos, "
+        "LLaVA-OneVision, VipLLaVA, PaliGemma, ColPali, PI0, Gemma 3, Aya Vision, Command A "
+        "Vision, DeepSeek-VL, InternVL, SmolVLM, Idefics2 and Idefics3; the encoder of ViT-MAE on "
+        "whole images; VideoMAE; Audio Spectrogram Transformer"
     )
 
     refused: ClassVar[Mapping[str, str]] = REFUSED
