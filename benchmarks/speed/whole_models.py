@@ -35,7 +35,7 @@ class Whole:
     Attributes:
         like: The checkpoint that it is as large as.
         build: Makes it, with random weights.
-        tower: The path of its tower.
+        tower: The path of its tower, "" where that is the model itself.
         size: Height and width of its images.
         call: What is timed.
         alone: What is timed of the tower.
@@ -169,6 +169,17 @@ def qwen2_vl() -> Any:
     return transformers.Qwen2VLForConditionalGeneration(config)
 
 
+def lighton_ocr() -> Any:
+    """Text in an image of any size, by the tower of Mistral's models."""
+    return transformers.LightOnOcrForConditionalGeneration(transformers.LightOnOcrConfig())
+
+
+def vjepa2() -> Any:
+    """What happens in a video."""
+    config = transformers.VJEPA2Config(frames_per_clip=16, num_labels=174)
+    return transformers.VJEPA2ForVideoClassification(config)
+
+
 def detected(model: Any, images: Tensor) -> Any:
     """Boxes for two phrases."""
     words = torch.ones(2 * len(images), 16, dtype=torch.long, device=images.device)
@@ -190,6 +201,20 @@ def begun(model: Any, images: Tensor, tokens: int = 256) -> Any:
 def begun_in_tiles(model: Any, images: Tensor) -> Any:
     """The same of images of 17 tiles, of which each has 64 tokens."""
     return begun(model, images.unsqueeze(1).repeat(1, 17, 1, 1, 1), 17 * 64)
+
+
+def begun_in_patches(model: Any, images: Tensor) -> Any:
+    """The first word of an answer to 16 words and an image, which has a token for 2 x 2 patches."""
+    side = 2 * model.config.vision_config.patch_size
+    rows, columns = (length // side for length in images.shape[-2:])
+    sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
+    words = prompts(model, images, rows * columns)
+    return model(input_ids=words, pixel_values=images, image_sizes=sizes, logits_to_keep=1)
+
+
+def filmed(model: Any, images: Tensor) -> Any:
+    """The scores of videos of 16 such frames."""
+    return model(images.unsqueeze(1).repeat(1, 16, 1, 1, 1))
 
 
 def packed(config: Any, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,6 +272,10 @@ MODELS = {
     "qwen2-vl": Whole(
         "Qwen2-VL-2B-Instruct", qwen2_vl, "model.visual", (896, 896), begun_packed, seen_packed
     ),
+    "lighton-ocr": Whole(
+        "LightOnOCR-1B-1025", lighton_ocr, "model.vision_encoder", (560, 560), begun_in_patches
+    ),
+    "vjepa2": Whole("vjepa2-vitl-fpc16-256-ssv2", vjepa2, "", (256, 256), filmed, filmed),
 }
 
 
@@ -268,7 +297,7 @@ def measure(whole: Whole, arguments: argparse.Namespace) -> None:
     }
     for part, calls in (
         ("whole", {name: partial(whole.call, model) for name, model in models.items()}),
-        ("tower", towers),
+        *([("tower", towers)] if whole.tower else []),
     ):
         with torch.inference_mode():
             times = take_turns(calls, images, arguments.seconds, rounds=5)
