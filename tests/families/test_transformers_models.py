@@ -355,7 +355,6 @@ SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     [
         ("BeitModel", "BeitConfig", "bias for every pair of places"),
         ("ViTForMaskedImageModeling", "ViTConfig", "reconstructs every patch"),
-        ("Siglip2VisionModel", "Siglip2VisionConfig", "pads images"),
     ],
 )
 def test_what_looks_like_a_covered_model_is_refused_with_the_reason(

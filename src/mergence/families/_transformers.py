@@ -357,7 +357,6 @@ def entry(table: Mapping[str, EntryT], model: nn.Module) -> EntryT | None:
 
 
 _RECONSTRUCTS = "it reconstructs every patch, and merged patches have no tokens of their own"
-_PADS = "it pads images of several sizes to one length (NaFlex)"
 _DECODES = (
     "its decoder reconstructs every patch that its encoder left out, and merged patches have no "
     "tokens of their own"
@@ -373,12 +372,6 @@ REFUSED: dict[str, str] = {
         (_named("deit", "DeiTForMaskedImageModeling"), _RECONSTRUCTS),
         (_named("vit_mae", "ViTMAEForPreTraining"), _DECODES),
         (_named("videomae", "VideoMAEForPreTraining"), _DECODES),
-        (
-            _named(
-                "siglip2", "Siglip2VisionModel", "Siglip2Model", "Siglip2ForImageClassification"
-            ),
-            _PADS,
-        ),
         (_named("beit", "BeitModel", "BeitForImageClassification"), _PAIRS),
     )
     for name in names

@@ -1,0 +1,213 @@
+"""transformers' SigLIP 2 NaFlex: images of any size as patches, padded to one length; and LFM2-VL.
+
+A tower is given patches `[B, L, ...]`, as many of each image as it has and then padding, the grid
+of each image and a mask. Here the images of one grid are a batch without padding. What reads the
+tower has a token for every patch again, and zeros where the padding was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mergence.errors import ReducedOutputError, UnsupportedModelError
+from mergence.families._common import linear_macs, require_class
+from mergence.families._transformers import CLIP, full_name
+from mergence.families._transformers_blocks import BLOCK_MIXINS
+from mergence.families._transformers_releases import require_release
+from mergence.families._transformers_towers import (
+    ReducedContainer,
+    ReducedHead,
+    each_tensor,
+    refuse_attentions,
+    require_additive,
+)
+from mergence.family import Family, ModelSpec, qualified_names
+from mergence.macs import BlockCost, ModelCost
+from mergence.program import Program
+from mergence.restoring import restored
+from mergence.state import Carry
+
+OLDEST = "5.6"
+"""The first release of which it was tried."""
+
+_TOWER = full_name("siglip2", "Siglip2VisionModel")
+_AROUND = tuple(
+    full_name(architecture, cls)
+    for architecture, classes in (
+        ("siglip2", ("Siglip2Model", "Siglip2ForImageClassification")),
+        ("lfm2_vl", ("Lfm2VlModel", "Lfm2VlForConditionalGeneration")),
+    )
+    for cls in classes
+)
+
+
+class ReducedTower:
+    """Mixed into `Siglip2VisionModel`."""
+
+    def forward(
+        self: Any,
+        pixel_values: Tensor,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Any = None,
+        **options: Any,
+    ) -> Any:
+        """The tower's forward, as one run for all images of one grid."""
+        dense: Any = super(ReducedTower, self)
+        program: Program = self._mergence
+        run = program.run
+        if run.disabled or spatial_shapes is None:  # without grids the library says what is missing
+            return dense.forward(pixel_values, pixel_attention_mask, spatial_shapes, **options)
+        require_additive(self.config, ReducedOutputError)
+        refuse_attentions(self.config, options)
+        spatial_shapes = torch.as_tensor(spatial_shapes)
+        images = defaultdict[tuple[int, int], list[int]](list)
+        for index, (rows, columns) in enumerate(spatial_shapes.tolist()):
+            images[rows, columns].append(index)
+        for (rows, columns), those in images.items():
+            program.tokens(rows * columns)  # refuses what the schedule cannot follow
+            _require_padding(pixel_attention_mask, those, rows * columns)
+        found = []
+        for grid, those in images.items():
+            with run.forward(grid, every_patch=True):
+                here = pixel_values[those, : math.prod(grid)]
+                outputs = dense.forward(here, None, spatial_shapes[those], **options)
+                spread = partial(
+                    _spread,
+                    last=outputs[0],
+                    known=run.known(),
+                    final=run.known_after(self.post_layernorm),
+                    length=pixel_values.shape[1],
+                )
+                found.append(each_tensor(outputs, spread))
+        order = torch.tensor([index for those in images.values() for index in those])
+        return _together(found, order.argsort().to(pixel_values.device))
+
+
+def _spread(
+    x: Tensor, last: Tensor, known: Carry | None, final: Carry | None, length: int
+) -> Tensor:
+    """Tokens of images of one grid for every patch, and zeros up to the length of others."""
+    full = restored(x, final if x is last else known)
+    return F.pad(full, (0, 0, 0, length - full.shape[1]))
+
+
+def _require_padding(mask: Tensor | None, images: list[int], patches: int) -> None:
+    """Refuse a mask that hides something else than what follows the patches of an image."""
+    if mask is not None and not (mask[images, :patches].all() and not mask[images, patches:].any()):
+        raise ReducedOutputError(
+            "A reduced model was given a pixel_attention_mask that is not that of its "
+            f"spatial_shapes: {patches} patches, and padding behind them. Other masks speak of the "
+            "original tokens, which are merged on the way; use mergence.disabled(model) for them."
+        )
+
+
+def _together(found: list[Any], order: Tensor) -> Any:
+    """What the tower gave out for the images of each grid, in the order in which they came."""
+    one = found[0]
+    if one is None:
+        return None
+    if isinstance(one, Tensor):
+        return torch.cat(found)[order]
+    if isinstance(one, Mapping):
+        return type(one)(**{name: _together([each[name] for each in found], order) for name in one})
+    return tuple(_together(list(each), order) for each in zip(*found, strict=True))
+
+
+class ReducedPool(ReducedHead):
+    """Mixed into the tower's attention pooling, which is given no padding where tokens leave."""
+
+    def forward(self: Any, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The head's forward, in which a merged token counts as often as the patches in it."""
+        if attention_mask is None:
+            return super().forward(hidden_state)
+        dense: Any = super(ReducedHead, self)
+        y: Tensor = dense.forward(hidden_state, attention_mask)
+        return y
+
+
+class TransformersSiglip2(Family):
+    """transformers' `Siglip2VisionModel`, alone and inside the models around it."""
+
+    name: ClassVar[str] = "transformers_siglip2"
+    models: ClassVar[tuple[str, ...]] = (_TOWER, *_AROUND)
+    supported: ClassVar[str] = "transformers' SigLIP 2 NaFlex, alone and in LFM2-VL"
+    oldest: ClassVar[str] = "4.57"
+
+    def inspect(self, model: Any) -> ModelSpec:
+        """Read a model of transformers; see `Family.inspect`."""
+        require_release(model, OLDEST)
+        tower = self._tower(model)
+        require_additive(tower.config, UnsupportedModelError)
+        blocks = tuple(tower.encoder.layers)
+        for index, block in enumerate(blocks, start=1):
+            where = f"lock {index} of this {type(tower).__name__}"
+            layer = full_name("siglip2", "Siglip2EncoderLayer")
+            require_class(block, layer, f"B{where}", self.supported)
+            attention = full_name("siglip2", "Siglip2Attention")
+            what = f"The attention of b{where}"
+            require_class(block.self_attn, attention, what, self.supported)
+        parts: list[tuple[nn.Module, type]] = [(tower, ReducedTower)]
+        if tower.use_head:
+            parts.append((tower.head, ReducedPool))
+        if model is not tower:
+            parts.append((model, ReducedContainer))
+        return ModelSpec(
+            blocks=blocks,
+            patches=tower.config.num_patches,
+            cost=_cost(tower, blocks),
+            block_mixin=BLOCK_MIXINS[CLIP],
+            parts=tuple(parts),
+            classes=model.num_labels if "Classification" in type(model).__name__ else 0,
+        )
+
+    def _tower(self, model: nn.Module) -> Any:
+        """The tower that a model is or has."""
+        for module in model.modules():
+            if _TOWER in qualified_names(type(module)):
+                return module
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} has another tower. Known: {self.supported}."
+        )
+
+    def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """None: the contract tests call models with images, and these want patches and grids.
+
+        `tests/families/test_transformers_siglip2.py` has its own.
+        """
+        return {}
+
+
+def _cost(tower: Any, blocks: tuple[Any, ...]) -> ModelCost:
+    config, head, per_token = tower.config, 0, 0
+    if tower.use_head:
+        # Keys and values of every token, and its part in the two products with one query.
+        projections = 2 * config.hidden_size**2
+        per_token = projections + 2 * config.hidden_size
+        head = linear_macs(tower.head) - projections
+    return ModelCost(
+        blocks=tuple(
+            BlockCost(
+                attention=linear_macs(block.self_attn),
+                mlp=linear_macs(block.mlp),
+                width=config.hidden_size,
+            )
+            for block in blocks
+        ),
+        prefix=0,
+        dim=config.hidden_size,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        stem=linear_macs(tower.embeddings.patch_embedding),
+        head=head,
+        head_per_token=per_token,
+    )
+
+
+FAMILY = TransformersSiglip2()
