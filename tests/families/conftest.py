@@ -1,4 +1,4 @@
-"""timm models of four patches a side, with what only timm has."""
+"""timm models of four patches a side, and what is checked of models of several libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mergence.ops import products
 
@@ -39,3 +39,22 @@ def small(replica: Any) -> Callable[..., Any]:
         return model
 
     return copy
+
+
+@pytest.fixture
+def checkpointed() -> Callable[[Any, Callable[[], Tensor]], None]:
+    """Checks that gradients flow in a model of transformers, and checkpointing changes none."""
+
+    def check(model: Any, loss: Callable[[], Tensor]) -> None:
+        def gradients() -> list[Tensor]:
+            model.zero_grad()
+            loss().backward()
+            return [p.grad.clone() for p in model.parameters()]
+
+        expected = gradients()
+        assert all(grad.abs().max() > 0 for grad in expected)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for one, other in zip(gradients(), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+    return check

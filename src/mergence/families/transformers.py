@@ -15,7 +15,7 @@ from torch import nn
 
 from mergence.errors import UnsupportedModelError
 from mergence.families._coarse import CoarseStem, can_read_coarsely
-from mergence.families._common import linear_macs, require_class, same_library
+from mergence.families._common import linear_macs, same_library
 from mergence.families._transformers import (
     CONTAINERS,
     REFUSED,
@@ -25,6 +25,7 @@ from mergence.families._transformers import (
     entry,
 )
 from mergence.families._transformers_blocks import BLOCK_MIXINS
+from mergence.families._transformers_reading import block_costs, pooling_costs, require_blocks
 from mergence.families._transformers_releases import as_built, require_release
 from mergence.families._transformers_tiny import tiny_models
 from mergence.families._transformers_towers import (
@@ -44,7 +45,7 @@ from mergence.families._transformers_towers import (
     require_all_patches,
 )
 from mergence.family import Family, ModelSpec, knows, qualified_names
-from mergence.macs import BlockCost, ModelCost
+from mergence.macs import ModelCost
 from mergence.state import Head
 from mergence.surgery import original_class
 
@@ -99,12 +100,9 @@ class Transformers(Family):
                 "use_mean_pooling=True, or apply to the model without its head."
             )
         blocks = tuple(tower.get_submodule(kind.blocks))
-        for index, block in enumerate(blocks, start=1):
-            attn = getattr(block, kind.layout.attention, block)
-            home, where = type(tower).__module__, f"of this {type(tower).__name__}"
-            require_class(block, f"{home}.{kind.block}", f"Block {index} {where}", self.supported)
-            what = f"The attention of block {index} {where}"
-            require_class(attn, f"{home}.{kind.attention}", what, self.supported)
+        home = type(tower).__module__
+        attention = kind.layout.attention, f"{home}.{kind.attention}"
+        require_blocks(tower, blocks, f"{home}.{kind.block}", attention, self.supported)
         parts: list[tuple[nn.Module, type]] = [(tower, _mixin(kind, container))]
         stem = dict(tower.named_modules()).get(kind.stem)
         if stem is None:
@@ -173,19 +171,10 @@ def _cost(tower: Any, kind: Tower, head: Any, heads: list[nn.Module]) -> ModelCo
         after += linear_macs(tower.pooler)
     per_token = 0
     if head is not None:
-        # Keys and values of every token, and its part in the two products with one query.
-        projections = 2 * config.hidden_size**2
-        per_token = projections + 2 * config.hidden_size
-        after += linear_macs(head) - projections
+        once, per_token = pooling_costs(head, config.hidden_size)
+        after += once
     return ModelCost(
-        blocks=tuple(
-            BlockCost(
-                attention=linear_macs(getattr(block, layout.attention)),
-                mlp=sum(linear_macs(getattr(block, name)) for name in layout.mlp),
-                width=config.hidden_size,
-            )
-            for block in blocks
-        ),
+        blocks=block_costs(blocks, layout.attention, layout.mlp, config.hidden_size),
         prefix=kind.prefix + getattr(config, "num_register_tokens", 0),
         dim=config.hidden_size,
         head_dim=getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from mergence.errors import UnsupportedModelError
-from mergence.families._common import linear_macs, require_class
+from mergence.families._common import linear_macs
 from mergence.families._transformers import entry, full_name
 from mergence.families._transformers_packed import (
     ReducedBareTower,
@@ -28,6 +28,7 @@ from mergence.families._transformers_packed import (
     ReducedStem,
     window,
 )
+from mergence.families._transformers_reading import require_blocks, tower_in
 from mergence.families._transformers_releases import require_release
 from mergence.families._transformers_towers import ReducedContainer, require_additive
 from mergence.family import Family, ModelSpec
@@ -145,17 +146,13 @@ class TransformersPacked(Family):
 
     def inspect(self, model: Any) -> ModelSpec:
         """Read a model of transformers; see `Family.inspect`."""
-        tower, kind = self._tower(model)
+        tower = tower_in(model, TOWERS, self.supported)
+        kind: Any = entry(TOWERS, tower)
         require_release(tower, OLDEST)
         require_additive(tower.config, UnsupportedModelError)
-        where = f"of this {type(tower).__name__}"
-        for index, block in enumerate(tower.blocks, start=1):
-            for module, cls, what in (
-                (block, kind.block, "Block"),
-                (block.attn, kind.attention, "The attention of block"),
-            ):
-                allowed = full_name(kind.architecture, cls)
-                require_class(module, allowed, f"{what} {index} {where}", self.supported)
+        block = full_name(kind.architecture, kind.block)
+        attention = "attn", full_name(kind.architecture, kind.attention)
+        require_blocks(tower, tower.blocks, block, attention, self.supported)
         parts: list[tuple[nn.Module, type]] = [
             (tower, ReducedBareTower if kind.bare else ReducedPackedTower)
         ]
@@ -174,17 +171,6 @@ class TransformersPacked(Family):
             parts=tuple(parts),
             classes=0,
             raster=False,
-        )
-
-    def _tower(self, model: nn.Module) -> tuple[Any, Packed]:
-        """The tower that a model is or has, and where it keeps its parts."""
-        for module in model.modules():
-            kind = entry(TOWERS, module)
-            if kind is not None:
-                return module, kind
-        raise UnsupportedModelError(
-            f"This {type(model).__name__} has none of the towers that are known in it. Known: "
-            f"{self.supported}."
         )
 
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:

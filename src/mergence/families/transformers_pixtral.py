@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mergence.errors import ReducedOutputError, UnsupportedModelError
-from mergence.families._common import linear_macs, require_class
 from mergence.families._transformers import Layout, full_name
 from mergence.families._transformers_blocks import first_half, second_half
 from mergence.families._transformers_packed import (
@@ -24,6 +23,7 @@ from mergence.families._transformers_packed import (
     SecondHalf,
     joined,
 )
+from mergence.families._transformers_reading import block_costs, require_blocks, tower_in
 from mergence.families._transformers_releases import require_release
 from mergence.families._transformers_towers import (
     ReducedContainer,
@@ -31,8 +31,8 @@ from mergence.families._transformers_towers import (
     refuse_attentions,
     require_additive,
 )
-from mergence.family import Family, ModelSpec, qualified_names
-from mergence.macs import BlockCost, ModelCost
+from mergence.family import Family, ModelSpec
+from mergence.macs import ModelCost
 from mergence.program import Program
 from mergence.restoring import restored
 from mergence.state import Carry
@@ -152,16 +152,12 @@ class TransformersPixtral(Family):
     def inspect(self, model: Any) -> ModelSpec:
         """Read a model of transformers; see `Family.inspect`."""
         require_release(model, OLDEST)
-        tower = self._tower(model)
+        tower = tower_in(model, {_TOWER}, self.supported)
         require_additive(tower.config, UnsupportedModelError)
         blocks = tuple(tower.transformer.layers)
-        for index, block in enumerate(blocks, start=1):
-            where = f"{index} of this {type(tower).__name__}"
-            layer = full_name("pixtral", "PixtralAttentionLayer")
-            require_class(block, layer, f"Block {where}", self.supported)
-            attention = full_name("pixtral", "PixtralAttention")
-            what = f"The attention of block {where}"
-            require_class(block.attention, attention, what, self.supported)
+        block = full_name("pixtral", "PixtralAttentionLayer")
+        attention = _LAYOUT.attention, full_name("pixtral", "PixtralAttention")
+        require_blocks(tower, blocks, block, attention, self.supported)
         config = tower.config
         parts: list[tuple[nn.Module, type]] = [
             (tower, ReducedPixtral),
@@ -173,14 +169,7 @@ class TransformersPixtral(Family):
             blocks=blocks,
             patches=(config.image_size // config.patch_size) ** 2,
             cost=ModelCost(
-                blocks=tuple(
-                    BlockCost(
-                        attention=linear_macs(block.attention),
-                        mlp=linear_macs(block.feed_forward),
-                        width=config.hidden_size,
-                    )
-                    for block in blocks
-                ),
+                blocks=block_costs(blocks, _LAYOUT.attention, _LAYOUT.mlp, config.hidden_size),
                 prefix=0,
                 dim=config.hidden_size,
                 head_dim=blocks[0].attention.head_dim,
@@ -191,15 +180,6 @@ class TransformersPixtral(Family):
             block_mixin=ReducedPixtralBlock,
             parts=tuple(parts),
             classes=0,
-        )
-
-    def _tower(self, model: nn.Module) -> Any:
-        """The tower that a model is or has."""
-        for module in model.modules():
-            if _TOWER in qualified_names(type(module)):
-                return module
-        raise UnsupportedModelError(
-            f"This {type(model).__name__} has another tower. Known: {self.supported}."
         )
 
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:

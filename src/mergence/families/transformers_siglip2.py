@@ -18,9 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergence.errors import ReducedOutputError, UnsupportedModelError
-from mergence.families._common import linear_macs, require_class
+from mergence.families._common import linear_macs
 from mergence.families._transformers import CLIP, full_name
 from mergence.families._transformers_blocks import BLOCK_MIXINS
+from mergence.families._transformers_reading import (
+    block_costs,
+    pooling_costs,
+    require_blocks,
+    tower_in,
+)
 from mergence.families._transformers_releases import require_release
 from mergence.families._transformers_towers import (
     ReducedContainer,
@@ -29,8 +35,8 @@ from mergence.families._transformers_towers import (
     refuse_attentions,
     require_additive,
 )
-from mergence.family import Family, ModelSpec, qualified_names
-from mergence.macs import BlockCost, ModelCost
+from mergence.family import Family, ModelSpec
+from mergence.macs import ModelCost
 from mergence.program import Program
 from mergence.restoring import restored
 from mergence.state import Carry
@@ -144,16 +150,13 @@ class TransformersSiglip2(Family):
     def inspect(self, model: Any) -> ModelSpec:
         """Read a model of transformers; see `Family.inspect`."""
         require_release(model, OLDEST)
-        tower = self._tower(model)
+        tower = tower_in(model, {_TOWER}, self.supported)
         require_additive(tower.config, UnsupportedModelError)
         blocks = tuple(tower.encoder.layers)
-        for index, block in enumerate(blocks, start=1):
-            where = f"lock {index} of this {type(tower).__name__}"
-            layer = full_name("siglip2", "Siglip2EncoderLayer")
-            require_class(block, layer, f"B{where}", self.supported)
-            attention = full_name("siglip2", "Siglip2Attention")
-            what = f"The attention of b{where}"
-            require_class(block.self_attn, attention, what, self.supported)
+        block, attention = (
+            full_name("siglip2", f"Siglip2{cls}") for cls in ("EncoderLayer", "Attention")
+        )
+        require_blocks(tower, blocks, block, (CLIP.attention, attention), self.supported)
         parts: list[tuple[nn.Module, type]] = [(tower, ReducedTower)]
         if tower.use_head:
             parts.append((tower.head, ReducedPool))
@@ -168,15 +171,6 @@ class TransformersSiglip2(Family):
             classes=model.num_labels if "Classification" in type(model).__name__ else 0,
         )
 
-    def _tower(self, model: nn.Module) -> Any:
-        """The tower that a model is or has."""
-        for module in model.modules():
-            if _TOWER in qualified_names(type(module)):
-                return module
-        raise UnsupportedModelError(
-            f"This {type(model).__name__} has another tower. Known: {self.supported}."
-        )
-
     def tiny(self) -> Mapping[str, Callable[[], nn.Module]]:
         """None: the contract tests call models with images, and these want patches and grids.
 
@@ -186,21 +180,10 @@ class TransformersSiglip2(Family):
 
 
 def _cost(tower: Any, blocks: tuple[Any, ...]) -> ModelCost:
-    config, head, per_token = tower.config, 0, 0
-    if tower.use_head:
-        # Keys and values of every token, and its part in the two products with one query.
-        projections = 2 * config.hidden_size**2
-        per_token = projections + 2 * config.hidden_size
-        head = linear_macs(tower.head) - projections
+    config = tower.config
+    head, per_token = pooling_costs(tower.head, config.hidden_size) if tower.use_head else (0, 0)
     return ModelCost(
-        blocks=tuple(
-            BlockCost(
-                attention=linear_macs(block.self_attn),
-                mlp=linear_macs(block.mlp),
-                width=config.hidden_size,
-            )
-            for block in blocks
-        ),
+        blocks=block_costs(blocks, CLIP.attention, CLIP.mlp, config.hidden_size),
         prefix=0,
         dim=config.hidden_size,
         head_dim=config.hidden_size // config.num_attention_heads,

@@ -21,16 +21,16 @@ from mergence.families._common import (
     randomised,
     reduced_forward,
     refuse_mask,
-    require_class,
 )
 from mergence.families._transformers import CLIP, full_name
 from mergence.families._transformers_blocks import attend, scale_of
 from mergence.families._transformers_blocks import first_half as pooling_half
 from mergence.families._transformers_blocks import second_half as second_pooling_half
+from mergence.families._transformers_reading import block_costs, pooling_costs, require_blocks
 from mergence.families._transformers_releases import require_release
 from mergence.families._transformers_towers import refuse_attentions, require_additive
 from mergence.family import Family, ModelSpec
-from mergence.macs import BlockCost, ModelCost
+from mergence.macs import ModelCost
 from mergence.program import Program
 from mergence.restoring import restored
 from mergence.state import Carry, attach, attached
@@ -182,15 +182,12 @@ class TransformersVJEPA2(Family):
         require_additive(model.config, UnsupportedModelError)
         pooler = getattr(model, "pooler", None)
         encoder = (model if pooler is None else model.vjepa2).encoder
-        blocks = (*encoder.layer, *(() if pooler is None else pooler.self_attention_layers))
-        for index, block in enumerate(blocks, start=1):
-            layer, attention = "VJEPA2Layer", "VJEPA2RopeAttention"
-            if index > len(encoder.layer):
-                layer, attention = "VJEPA2PoolerSelfAttentionLayer", "VJEPA2PoolerSelfAttention"
-            where = f"{index} of this {type(model).__name__}"
-            require_class(block, _named(layer), f"Block {where}", self.supported)
-            attn, what = _attention_of(block), f"The attention of block {where}"
-            require_class(attn, _named(attention), what, self.supported)
+        pooling = () if pooler is None else tuple(pooler.self_attention_layers)
+        attention = "attention", _named("VJEPA2RopeAttention")
+        require_blocks(model, encoder.layer, _named("VJEPA2Layer"), attention, self.supported)
+        attention = "self_attn", _named("VJEPA2PoolerSelfAttention")
+        block, first = _named("VJEPA2PoolerSelfAttentionLayer"), 1 + len(encoder.layer)
+        require_blocks(model, pooling, block, attention, self.supported, first)
         parts: list[tuple[nn.Module, type]] = [(model, ReducedVJEPA2)]
         if pooler is None:
             parts.append((encoder, ReducedEncoder))
@@ -198,9 +195,9 @@ class TransformersVJEPA2(Family):
             parts.append((pooler.cross_attention_layer, ReducedCrossLayer))
         config = model.config
         return ModelSpec(
-            blocks=blocks,
+            blocks=(*encoder.layer, *pooling),
             patches=math.prod(_grid(config, self.input_shape(model))),
-            cost=_cost(model, encoder, pooler, blocks),
+            cost=_cost(model, encoder, pooler),
             block_mixin=ReducedLayer,
             parts=tuple(parts),
             classes=0 if pooler is None else model.num_labels,
@@ -254,30 +251,22 @@ def _grid(config: Any, shape: Any) -> tuple[int, int]:
     return depth * (height // config.patch_size), width // config.patch_size
 
 
-def _cost(model: Any, encoder: Any, pooler: Any, blocks: tuple[Any, ...]) -> ModelCost:
-    config = model.config
-    head = head_per_token = 0
+def _cost(model: Any, encoder: Any, pooler: Any) -> ModelCost:
+    config, head, per_token = model.config, 0, 0
+    width = config.hidden_size
+    blocks = block_costs(encoder.layer, "attention", ("mlp",), width)
     if pooler is not None:
-        # Keys and values of every token, and its part in the two products with one query.
-        cross = pooler.cross_attention_layer
-        keys_and_values = 2 * config.hidden_size**2
-        head_per_token = keys_and_values + 2 * config.hidden_size
-        head = linear_macs(cross) - keys_and_values + linear_macs(model.classifier)
+        blocks += block_costs(pooler.self_attention_layers, "self_attn", ("mlp",), width)
+        head, per_token = pooling_costs(pooler.cross_attention_layer, width)
+        head += linear_macs(model.classifier)
     return ModelCost(
-        blocks=tuple(
-            BlockCost(
-                attention=linear_macs(_attention_of(block)),
-                mlp=linear_macs(block.mlp),
-                width=config.hidden_size,
-            )
-            for block in blocks
-        ),
+        blocks=blocks,
         prefix=0,
-        dim=config.hidden_size,
-        head_dim=config.hidden_size // config.num_attention_heads,
+        dim=width,
+        head_dim=width // config.num_attention_heads,
         stem=encoder.embeddings.patch_embeddings.proj.weight.numel(),
         head=head,
-        head_per_token=head_per_token,
+        head_per_token=per_token,
         placed=True,
     )
 
