@@ -22,6 +22,7 @@ CANNOT = [
     "transformers-dinov3_backbone",
     "transformers-videomae",
     "transformers-vitpose_backbone",
+    "transformers-vivit",
     "transformers_vjepa2-vjepa2",
 ]
 """Those whose places turn queries and keys or bias pairs, videos, padded images, and NaFlex."""

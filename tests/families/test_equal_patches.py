@@ -26,6 +26,7 @@ APART = (
     "transformers-dinov3",
     "transformers-videomae",
     "transformers-vitpose_backbone",
+    "transformers-vivit",
     "transformers_vjepa2",
 )
 ONE_KERNEL = ("open_clip", "torchvision")

@@ -25,6 +25,7 @@ KINDS = {
     "Dinov2Backbone": {"mlp_ratio": 4},
     "Dinov2WithRegistersBackbone": {"mlp_ratio": 4, "num_register_tokens": 3},
     "DINOv3ViTBackbone": {"num_register_tokens": 2, "pos_embed_rescale": None},
+    "Tipsv2VisionBackbone": {"mlp_ratio": 4, "num_register_tokens": 1},
 }
 
 

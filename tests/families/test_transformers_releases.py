@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import mergence
 from mergence.errors import UnsupportedModelError
@@ -97,3 +100,28 @@ def test_what_was_not_tried_in_a_release_is_refused(monkeypatch: pytest.MonkeyPa
     mergence.apply(clip, keep_rate=0.7)
     with pytest.raises(UnsupportedModelError, match=r"OwlViT.*as transformers 5\.4\.0 builds"):
         mergence.apply(owl, keep_rate=0.7)
+
+
+class OldViT(transformers.ViTModel):
+    """As before transformers 5.9, with its blocks in an encoder."""
+
+    __module__ = transformers.ViTModel.__module__
+
+    def forward(self, pixel_values: Tensor, **options: Any) -> Any:
+        x = self.embeddings(pixel_values)
+        for block in self.encoder.layer:
+            x = block(x)
+        return BaseModelOutputWithPooling(last_hidden_state=self.layernorm(x))
+
+
+@torch.no_grad()
+def test_a_classifier_finds_its_blocks_where_an_older_release_has_them() -> None:
+    today = FAMILY.tiny()["vit"]()
+    model = copy.deepcopy(today)
+    vit: Any = model.vit
+    vit.encoder = Block(layer=vit._modules.pop("layers"))
+    vit.__class__ = OldViT
+    image = torch.randn(2, 3, 96, 96)
+    for one in (model, today):
+        mergence.apply(one, keep_rate=0.7)
+    assert torch.equal(model(image).logits, today(image).logits)

@@ -210,6 +210,9 @@ TOWERS: dict[str, Tower] = {
     full_name("ijepa", "IJepaModel"): _vit("IJepa", prefix=0),
     full_name("vit_mae", "ViTMAEModel"): _vit("ViTMAE", masks="noise"),
     full_name("videomae", "VideoMAEModel"): _VIDEOMAE,
+    full_name("vivit", "VivitModel"): _vit("Vivit", oldest="5.6"),
+    full_name("tipsv2", "Tipsv2VisionModel"): _dino("Tipsv2Vision"),
+    full_name("tipsv2", "Tipsv2VisionBackbone"): _dino("Tipsv2Vision", maps=True),
     full_name("audio_spectrogram_transformer", "ASTModel"): _vit("AST", prefix=2),
     full_name("dinov2", "Dinov2Model"): _dino("Dinov2"),
     full_name("dinov2", "Dinov2Backbone"): _dino("Dinov2", maps=True),
@@ -283,6 +286,7 @@ CONTAINERS: dict[str, Container] = {
             _named("videomae", "VideoMAEForVideoClassification"),
             _classifier("videomae", head="mean"),
         ),
+        (_named("vivit", "VivitForVideoClassification"), _classifier("vivit")),
         (_named("dinov2", "Dinov2ForImageClassification"), _classifier("dinov2", head="mean")),
         (
             _named(_REGISTERS, "Dinov2WithRegistersForImageClassification"),
@@ -299,6 +303,7 @@ CONTAINERS: dict[str, Container] = {
         (_named("owlv2", "Owlv2Model"), _PROJECTED),
         (_named("aimv2", "Aimv2Model"), _PROJECTED),
         (_named("siglip", "SiglipModel"), _VISION),
+        (_named("tipsv2", "Tipsv2Model"), _VISION),
         *(
             (_named(architecture, f"{names}VisionModel"), _VISION)
             for architecture, names, _ in _CLIPS

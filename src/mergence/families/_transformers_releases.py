@@ -28,8 +28,7 @@ def as_built(kind: Tower, tower: Any) -> Tower:
         UnsupportedModelError: This release builds it in a way that is not restated.
     """
     require_release(tower, kind.oldest)
-    if not hasattr(tower, kind.blocks.partition(".")[0]):
-        kind = replace(kind, blocks=_BLOCKS.get(kind.blocks, kind.blocks))
+    kind = replace(kind, blocks=path_of_blocks(kind, tower))
     layout = kind.layout
     block: Any = next(iter(tower.get_submodule(kind.blocks)), None)
     first = getattr(getattr(block, layout.attention, None), "attention", None)
@@ -41,6 +40,12 @@ def as_built(kind: Tower, tower: Any) -> Tower:
     if (kind.maps and "." not in kind.blocks) or hasattr(first, "q_bias"):
         raise _unlike(tower)
     return replace(kind, layout=layout)
+
+
+def path_of_blocks(kind: Tower, tower: Any) -> str:
+    """Where a tower has its blocks."""
+    here = hasattr(tower, kind.blocks.partition(".")[0])
+    return kind.blocks if here else _BLOCKS.get(kind.blocks, kind.blocks)
 
 
 def require_release(model: Any, oldest: str) -> None:

@@ -97,6 +97,16 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
         "VideoMAEConfig",
         {"num_frames": 8, "patch_size": 32},
     ),
+    "vivit": (
+        "VivitForVideoClassification",
+        "VivitConfig",
+        {"num_frames": 8, "tubelet_size": [2, 32, 32]},
+    ),
+    "tipsv2": (
+        "Tipsv2VisionModel",
+        "Tipsv2VisionConfig",
+        {"mlp_ratio": 4, "layerscale_value": 0.3, "num_register_tokens": 1},
+    ),
 }
 
 
@@ -116,7 +126,7 @@ def tiny_configuration(config: str, **options: Any) -> Any:
         "image_size": 96,
         "patch_size": 16,
     }
-    if not config.startswith("Dinov2"):
+    if not config.startswith(("Dinov2", "Tipsv2")):
         size["intermediate_size"] = 192
     if "text_config" in getattr(transformers, config).sub_configs:
         text = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3}

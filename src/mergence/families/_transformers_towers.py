@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mergence.errors import ReducedOutputError
 from mergence.families._common import refuse_mask, unwatched
 from mergence.families._transformers import TOWERS, entry
+from mergence.families._transformers_releases import path_of_blocks
 from mergence.program import Program
 from mergence.restoring import restored
 from mergence.state import Carry, Head, Run, attach
@@ -46,7 +47,9 @@ class ReducedTower:
             program.cost.prefix_alone
             and run.head == "prefix"
             and not states
-            and unwatched(self.get_submodule(kind.blocks), self.get_submodule(kind.norm), self)
+            and unwatched(
+                self.get_submodule(path_of_blocks(kind, self)), getattr(self, kind.norm), self
+            )
         )
         with run.forward((rows, columns), every_patch=every_patch, prefix_alone=alone):
             outputs = dense.forward(*inputs, **options)
@@ -246,8 +249,13 @@ def grid_of(config: Any, shape: Any) -> tuple[int, int]:
             (config.num_mel_bins - side) // config.frequency_stride + 1,
             (config.max_length - side) // config.time_stride + 1,
         )
-    (height, width), (rows, columns) = shape[-2:], _pair(config.patch_size)
-    frames = shape[-4] // config.tubelet_size if hasattr(config, "tubelet_size") else 1
+    height, width = shape[-2:]
+    tubelet = getattr(config, "tubelet_size", None)
+    if isinstance(tubelet, (list, tuple)):  # ViViT's: frames, rows and columns
+        depth, rows, columns = tubelet
+    else:
+        depth, (rows, columns) = tubelet, _pair(config.patch_size)
+    frames = 1 if depth is None else shape[-4] // depth
     return frames * (height // rows), width // columns
 
 

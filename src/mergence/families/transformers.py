@@ -65,12 +65,12 @@ class Transformers(Family):
         "transformers' ViT, DeiT, ViT-MSN, I-JEPA, DINOv2 with and without registers, DINOv3, and "
         "the vision towers of CLIP, MetaCLIP 2, AltCLIP, Chinese CLIP, SigLIP (SigLIP 2 too, "
         "where its checkpoints load as SigLIP) and AIMv2, alone, with a classifier, and inside "
-        "CLIPModel and SiglipModel; DINOv2 and DINOv3 as backbones, Depth Anything and DPT; "
-        "OWL-ViT, OWLv2, CLIPSeg and ViTPose; BLIP, BLIP-2, InstructBLIP, and "
+        "CLIPModel and SiglipModel; TIPS v2; DINOv2, DINOv3 and TIPS v2 as backbones, Depth "
+        "Anything and DPT; OWL-ViT, OWLv2, CLIPSeg and ViTPose; BLIP, BLIP-2, InstructBLIP, and "
         "VisionEncoderDecoderModel on one of these (TrOCR); LLaVA, LLaVA-NeXT and its videos, "
         "LLaVA-OneVision, VipLLaVA, PaliGemma, ColPali, PI0, Gemma 3, Aya Vision, Command A "
         "Vision, DeepSeek-VL, InternVL, SmolVLM, Idefics2 and Idefics3; the encoder of ViT-MAE on "
-        "whole images; VideoMAE; Audio Spectrogram Transformer"
+        "whole images; VideoMAE and ViViT; Audio Spectrogram Transformer"
     )
 
     refused: ClassVar[Mapping[str, str]] = REFUSED
