@@ -66,5 +66,5 @@ def draw_frontier(
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=1 if len(lines) < 6 else 2)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)  # never on a line
     return figure
