@@ -156,5 +156,5 @@ def test_a_head_on_the_first_patch_is_refused() -> None:
 
 def test_the_family_says_what_its_models_take() -> None:
     shapes = {kind: FAMILY.input_shape(build()) for kind, build in FAMILY.tiny().items()}
-    assert shapes.pop("videomae") == (8, 3, 96, 96)
+    assert shapes.pop("videomae") == shapes.pop("vivit") == (8, 3, 96, 96)
     assert set(shapes.values()) == {(3, 96, 96)}
