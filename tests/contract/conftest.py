@@ -6,6 +6,7 @@ A family's tiny models take 96 x 96 colour images, or what its `input_shape` say
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -142,6 +143,20 @@ def inputs(request: pytest.FixtureRequest, fresh: Fresh) -> Callable[[int], Tens
 def image(inputs: Callable[[int], Tensor]) -> Tensor:
     """Two images."""
     return inputs(2)
+
+
+@pytest.fixture
+def threads() -> Callable[[int], ThreadPoolExecutor]:
+    """Makes threads in which torch computes with as many of its own as in this one.
+
+    They inherit none, and sums depend on their number.
+    """
+
+    def make(number: int) -> ThreadPoolExecutor:
+        found = torch.get_num_threads()
+        return ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(found,))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ def test_a_batch_equals_its_images_one_by_one(
 
 
 def test_three_threads_at_once_equal_one_after_another(
-    reduced: nn.Module, inputs: Any, output: Any, spec: Any
+    reduced: nn.Module, inputs: Any, output: Any, spec: Any, threads: Any
 ) -> None:
     images = [inputs(batch) for batch in (1, 2, 3)]
     expected = [output(reduced, image) for image in images]
@@ -37,17 +36,17 @@ def test_three_threads_at_once_equal_one_after_another(
     # All three stand in the middle of the model at the same time, whatever the scheduler does.
     for block in (spec(reduced).blocks[2], spec(reduced).blocks[-1]):
         block.register_forward_pre_hook(meet)
-    with ThreadPoolExecutor(3) as pool:
+    with threads(3) as pool:
         found = list(pool.map(lambda image: output(reduced, image), images))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
 
 def test_disabling_in_one_thread_leaves_the_others_reduced(
-    reduced: nn.Module, image: Tensor, output: Any
+    reduced: nn.Module, image: Tensor, output: Any, threads: Any
 ) -> None:
     expected = output(reduced, image)
-    with mergence.disabled(reduced), ThreadPoolExecutor(1) as pool:
+    with mergence.disabled(reduced), threads(1) as pool:
         assert not torch.equal(output(reduced, image), expected)
         assert torch.equal(pool.submit(output, reduced, image).result(), expected)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -76,7 +75,7 @@ def test_it_compiles_again_for_gradients_and_for_another_batch(
 
 @pytest.mark.slow
 def test_blocks_that_are_compiled_one_by_one_know_of_each_other(
-    whole_reduced: nn.Module, image: Tensor, output: Any
+    whole_reduced: nn.Module, image: Tensor, output: Any, threads: Any
 ) -> None:
     expected = output(whole_reduced, image)
     blocks = family.find(whole_reduced).inspect(whole_reduced).blocks
@@ -84,7 +83,7 @@ def test_blocks_that_are_compiled_one_by_one_know_of_each_other(
         block.compile(backend="eager")
     with torch._dynamo.config.patch(recompile_limit=2 * len(blocks)):
         assert torch.equal(output(whole_reduced, image), expected)
-        with ThreadPoolExecutor(1) as pool:
+        with threads(1) as pool:
             assert torch.equal(pool.submit(output, whole_reduced, image).result(), expected)
 
 
