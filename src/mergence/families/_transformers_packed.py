@@ -151,7 +151,7 @@ class ReducedPackedBlock:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
         run = step.program.run
-        *one, _, channels = hidden_states.shape  # some libraries put a 1 before packed tokens
+        *one, _, channels = hidden_states.shape  # Pixtral's have three dimensions
 
         def whole(x: Tensor) -> Tensor:
             dense: Any = super(ReducedPackedBlock, self)
@@ -245,13 +245,18 @@ def _every_patch(outputs: Any, known: Carry | None, frames: int, bare: bool) -> 
     return outputs
 
 
-def joined(found: Sequence[Any]) -> Any:
+def in_sequence(parts: list[Tensor]) -> Tensor:
+    """Packed tokens of some images, and then of others."""
+    return torch.cat(parts, dim=-2)
+
+
+def joined(found: Sequence[Any], join: Callable[[list[Tensor]], Tensor] = in_sequence) -> Any:
     """What a tower gave out for some images, and then for others, in one."""
     one = found[0]
     if len(found) == 1 or one is None:
         return one
     if isinstance(one, Tensor):
-        return torch.cat(list(found), dim=-2)
+        return join(list(found))
     if isinstance(one, Mapping):
-        return type(one)(**{name: joined([each[name] for each in found]) for name in one})
-    return type(one)(map(joined, zip(*found, strict=True)))
+        return type(one)(**{name: joined([each[name] for each in found], join) for name in one})
+    return type(one)(joined(each, join) for each in zip(*found, strict=True))

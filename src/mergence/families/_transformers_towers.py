@@ -60,7 +60,8 @@ class ReducedTower:
             final = run.known_after(getattr(self, kind.norm) if kind.norm else None)
             if self._mergence_full:
                 return each_tensor(
-                    outputs, lambda x: _whole(x, final if x is last else known, program.prefix)
+                    outputs,
+                    lambda x: with_every_patch(x, final if x is last else known, program.prefix),
                 )
             if run.head != "mean" or known is None or known.size is None:
                 attach(last, final)
@@ -124,7 +125,7 @@ class ReducedStack:
         wanted = {*self.config.out_features, stages[-1]}
 
         outputs.hidden_states = tuple(
-            _whole(tokens, known, program.prefix) if stages[index] in wanted else tokens
+            with_every_patch(tokens, known, program.prefix) if stages[index] in wanted else tokens
             for index, tokens in enumerate(outputs.hidden_states)
         )
         return outputs
@@ -226,7 +227,7 @@ def each_tensor(found: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return found
 
 
-def _whole(tokens: Tensor, known: Carry | None, prefix: int) -> Tensor:
+def with_every_patch(tokens: Tensor, known: Carry | None, prefix: int) -> Tensor:
     """Tokens with a value for every patch, which remember that."""
     full = restored(tokens, known, prefix=prefix)
     if known is not None and full is not tokens:

@@ -21,6 +21,7 @@ from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.families._common import linear_macs
 from mergence.families._transformers import CLIP, full_name
 from mergence.families._transformers_blocks import BLOCK_MIXINS
+from mergence.families._transformers_packed import joined
 from mergence.families._transformers_reading import (
     block_costs,
     pooling_costs,
@@ -94,7 +95,8 @@ class ReducedTower:
                 )
                 found.append(each_tensor(outputs, spread))
         order = torch.tensor([index for those in images.values() for index in those])
-        return _together(found, order.argsort().to(pixel_values.device))
+        back = order.argsort().to(pixel_values.device)
+        return joined(found, lambda parts: torch.cat(parts)[back])
 
 
 def _spread(
@@ -113,18 +115,6 @@ def _require_padding(mask: Tensor | None, images: list[int], patches: int) -> No
             f"spatial_shapes: {patches} patches, and padding behind them. Other masks speak of the "
             "original tokens, which are merged on the way; use mergence.disabled(model) for them."
         )
-
-
-def _together(found: list[Any], order: Tensor) -> Any:
-    """What the tower gave out for the images of each grid, in the order in which they came."""
-    one = found[0]
-    if one is None:
-        return None
-    if isinstance(one, Tensor):
-        return torch.cat(found)[order]
-    if isinstance(one, Mapping):
-        return type(one)(**{name: _together([each[name] for each in found], order) for name in one})
-    return tuple(_together(list(each), order) for each in zip(*found, strict=True))
 
 
 class ReducedPool(ReducedHead):

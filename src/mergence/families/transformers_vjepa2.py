@@ -28,11 +28,15 @@ from mergence.families._transformers_blocks import first_half as pooling_half
 from mergence.families._transformers_blocks import second_half as second_pooling_half
 from mergence.families._transformers_reading import block_costs, pooling_costs, require_blocks
 from mergence.families._transformers_releases import require_release
-from mergence.families._transformers_towers import refuse_attentions, require_additive
+from mergence.families._transformers_towers import (
+    grid_of,
+    refuse_attentions,
+    require_additive,
+    with_every_patch,
+)
 from mergence.family import Family, ModelSpec
 from mergence.macs import ModelCost
 from mergence.program import Program
-from mergence.restoring import restored
 from mergence.state import Carry, attach, attached
 from mergence.step import BlockStep
 
@@ -135,10 +139,8 @@ class ReducedEncoder:
         outputs = dense.forward(*inputs, **options)
         run = self._mergence.run
         known = run.known_after(self.layernorm)
-        if not run.disabled and known is not None:
-            full = restored(outputs.last_hidden_state, known)
-            attach(full, Carry(patches=known.patches, grid=known.grid))
-            outputs.last_hidden_state = full
+        if not run.disabled:
+            outputs.last_hidden_state = with_every_patch(outputs.last_hidden_state, known, prefix=0)
         return outputs
 
 
@@ -245,10 +247,9 @@ def _attention_of(block: Any) -> Any:
 
 def _grid(config: Any, shape: Any) -> tuple[int, int]:
     """Patch rows and columns of videos of a shape; its frames lie below each other."""
-    *_, frames, _, height, width = shape
     # The library repeats a video that is shorter than one tubelet.
-    depth = max(frames // config.tubelet_size, 1)
-    return depth * (height // config.patch_size), width // config.patch_size
+    frames = max(shape[-4], config.tubelet_size)
+    return grid_of(config, (frames, *shape[-3:]))
 
 
 def _cost(model: Any, encoder: Any, pooler: Any) -> ModelCost:
