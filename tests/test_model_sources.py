@@ -197,6 +197,28 @@ def test_open_clip_by_name(tiny_open_clip: str, tmp_path: Path) -> None:
         load_model(f"open_clip:{tiny_open_clip}")
 
 
+def test_a_file_beside_the_name_of_open_clips_weights_stands_for_them(
+    tiny_open_clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+    from open_clip import pretrained
+
+    trained = {"quick_gelu": True, "mean": (0.5,) * 3, "std": (0.25,) * 3, "resize_mode": "squash"}
+    monkeypatch.setitem(pretrained._PRETRAINED, tiny_open_clip, {"openai": trained})
+    model = randomised(open_clip.create_model(tiny_open_clip, force_quick_gelu=True)).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    name = f"open_clip:{tiny_open_clip}/openai"
+    loaded = load_model(name, checkpoint=tmp_path / "weights.pt")
+    assert (loaded.mean, loaded.std) == ((0.5,) * 3, (0.25,) * 3)
+    assert loaded.transform(PICTURE).shape == (3, 96, 96)
+    assert open_clip.get_model_preprocess_cfg(loaded.model)["resize_mode"] == "squash"
+    with torch.no_grad():
+        expected = model.encode_image(loaded.transform(PICTURE).unsqueeze(0), normalize=True)
+    assert torch.equal(run(loaded), expected)
+    with pytest.raises(UnknownNameError, match=r"no weights 'opnai'.*/openai"):
+        load_model(f"open_clip:{tiny_open_clip}/opnai", checkpoint=tmp_path / "weights.pt")
+
+
 def test_open_clip_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     import open_clip
 

@@ -17,6 +17,7 @@ from mergence.models._weights import first_line
 def named(name: str, checkpoint: Path | None) -> Built:
     """`open_clip:NAME/WEIGHTS`, for example ViT-B-32/openai, or just the name with a checkpoint.
 
+    With both, the checkpoint stands for those weights: activation and preprocessing are theirs.
     Called with images alone, the model answers with their embeddings.
 
     Raises:
@@ -31,16 +32,24 @@ def named(name: str, checkpoint: Path | None) -> Built:
         hint = f"Did you mean {' or '.join(close)}?" if close else "It has ViT-B-32 and others."
         raise UnknownNameError(f"open_clip has no model called '{architecture}'. {hint}")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if checkpoint is None and tag not in tags:
+    if (tag or checkpoint is None) and tag not in tags:
         wrong = f"no weights '{tag}'" if tag else "several weights, or none,"
         raise UnknownNameError(
             f"open_clip has {wrong} for '{architecture}'. Name some of its own: "
             f"{', '.join(f'open_clip:{architecture}/{t}' for t in tags[:4]) or 'it has none'}; "
             "or pass a file with --checkpoint F (in Python: checkpoint=F)."
         )
+    trained = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     try:
         model, _, transform = open_clip.create_model_and_transforms(
-            architecture, pretrained=tag if checkpoint is None else None
+            architecture,
+            pretrained=tag if checkpoint is None else None,
+            # open_clip leaves the activation to the architecture, and warns where it is another.
+            force_quick_gelu=bool(trained.get("quick_gelu")),
+            image_mean=trained.get("mean"),
+            image_std=trained.get("std"),
+            image_interpolation=trained.get("interpolation"),
+            image_resize_mode=trained.get("resize_mode"),
         )
     except Exception as error:  # whatever open_clip, the hub client and the network raise
         raise CheckpointError(
