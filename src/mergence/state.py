@@ -21,8 +21,9 @@ from torch import Tensor
 from mergence.plan import compose, spread
 
 _ATTRIBUTE = "_mergence_carry"
+_DENSE = "_mergence_dense"
 
-Head = Literal["mean", "prefix"]
+Head = Literal["mean", "prefix", "sized"]
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ class Run:
         Args:
             head: `mean` takes the plain mean of the patch tokens; the tower then hands its tokens
                 out times their sizes, so that this mean is by size. `prefix` reads prefix tokens.
+                `sized` reads the tokens as they are, each as often as its size.
         """
         self.head = head
         try:
@@ -256,6 +258,17 @@ def attach(x: Tensor, carry: Carry | None) -> None:
     """Let a tensor remember its carry. Compiled code keeps to the run and does nothing here."""
     if carry is not None and not torch.compiler.is_compiling():
         setattr(x, _ATTRIBUTE, carry)
+
+
+def attach_dense(x: Tensor) -> None:
+    """Let a tensor remember that a block took it in `disabled`."""
+    if not torch.compiler.is_compiling():
+        setattr(x, _DENSE, True)
+
+
+def attached_dense(x: Tensor) -> bool:
+    """Whether a block took a tensor in `disabled`."""
+    return hasattr(x, _DENSE)
 
 
 def attached(x: Tensor) -> Carry | None:

@@ -14,7 +14,7 @@ from mergence.importance import attention_from, attention_received
 from mergence.macs import without_unread
 from mergence.plan import TokenView
 from mergence.program import Program, without_autocast
-from mergence.state import Carry, attach, attached
+from mergence.state import Carry, attach, attach_dense, attached, attached_dense
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,16 @@ class BlockStep:
     def __post_init__(self) -> None:
         self.slots(Carry(self.program.patches))
         self.slots(Carry(self.program.patches, prefix_alone=True))
+
+    def disabled(self, x: Tensor) -> bool:
+        """Whether the block runs as the library's own: in `mergence.disabled`.
+
+        Gradient checkpointing may call it again when that is over, with the same tokens.
+        """
+        run = self.program.run
+        if run.disabled:
+            attach_dense(x)
+        return run.disabled or (not run.active and attached_dense(x))
 
     def enter(self, x: Tensor) -> Carry:
         """What is known about the tokens that enter the block.
@@ -112,6 +122,13 @@ class BlockStep:
         method, prefix, run = self.program.method, self.program.prefix, self.program.run
         if not slots:
             return x[:, :prefix], carry
+        if x.shape[1] != prefix + carry.tokens:
+            raise ReducedOutputError(
+                f"Block {self.index + 1} has {x.shape[1]} tokens where {prefix} prefix tokens and "
+                f"{carry.tokens} of patches are known. If the model puts others beside them, such "
+                "as learned prompts, its number of prefix tokens must count them, and they come "
+                "first."
+            )
         if learned is not None:
             if carry.grid is None:
                 raise ReducedOutputError(
@@ -122,7 +139,7 @@ class BlockStep:
             run.lap("learned")
         patches, size = x[:, prefix:], carry.size
         if size is None:
-            size = torch.ones(patches.shape[:2], device=x.device)
+            size = torch.ones(patches.shape[:2], dtype=torch.float32, device=x.device)
         # Autocast would turn the merge's output, and so the residual stream, to half precision.
         with without_autocast(x):
             importance = keys = received = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from mergence import ops
+from mergence import ops, surgery
 from mergence.errors import MergenceError
 from mergence.plan import MergePlan
 from mergence.program import program_of
@@ -87,9 +88,10 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         images: `[B, C, H, W]`, prepared as for the model.
 
     Raises:
-        MergenceError: The model is not reduced.
+        MergenceError: The model is not reduced, or does not take images alone.
     """
     program = program_of(model)
+    _check_inputs(model)
     observer = program.run.observer = _Observer()
     try:
         output = model(images)
@@ -97,3 +99,14 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         program.run.observer = None
     grid = observer.grid or (1, program.patches)
     return Trace(output, grid, tuple(observer.points), program.method.name)
+
+
+def _check_inputs(model: nn.Module) -> None:
+    first, *others = inspect.signature(model.forward).parameters
+    if "pixel_values" not in others:
+        return
+    held = (name for name, part in model.named_modules() if name and surgery.attachment(part))
+    raise MergenceError(
+        f"A {type(model).__name__} takes {first} before images, and a trace is of images alone. "
+        f"Trace its tower, which is reduced with it: mergence.trace(model.{next(held)}, images)."
+    )

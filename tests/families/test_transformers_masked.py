@@ -1,4 +1,4 @@
-"""Masked autoencoders of transformers: the encoder of ViT-MAE on whole images, and VideoMAE."""
+"""Masks: masked autoencoders of transformers (ViT-MAE, VideoMAE), and those of padded images."""
 
 from __future__ import annotations
 
@@ -158,3 +158,24 @@ def test_the_family_says_what_its_models_take() -> None:
     shapes = {kind: FAMILY.input_shape(build()) for kind, build in FAMILY.tiny().items()}
     assert shapes.pop("videomae") == shapes.pop("vivit") == (8, 3, 96, 96)
     assert set(shapes.values()) == {(3, 96, 96)}
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_compiled_and_exported_towers_look_at_the_mask_of_a_padded_image() -> None:
+    size = {"num_hidden_layers": 6, "intermediate_size": 96, "image_size": 96, "patch_size": 16}
+    config = transformers.SmolVLMVisionConfig(hidden_size=48, num_attention_heads=3, **size)
+    tower = randomised(transformers.SmolVLMVisionTransformer(config)).eval()
+    mergence.apply(tower, keep_rate=0.7)
+    image, whole = torch.randn(2, 3, 96, 96), torch.ones(2, 6, 6, dtype=torch.bool)
+    expected = tower(image, patch_attention_mask=whole)[0]
+    assert torch.equal(expected, tower(image)[0])
+    compiled = torch.compile(tower, backend="eager", fullgraph=True)
+    inputs = {"patch_attention_mask": whole}
+    graph = torch.export.export(tower, (image,), inputs, strict=False).module()
+    padded = whole.clone()
+    padded[:, 4:] = False
+    for one in (tower, compiled, graph):
+        torch.testing.assert_close(one(image, patch_attention_mask=whole)[0], expected)
+        with pytest.raises((ReducedOutputError, RuntimeError), match="given an attention mask"):
+            one(image, patch_attention_mask=padded)

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 import mergence
+from mergence.errors import MergenceError
 from mergence.families.transformers import FAMILY
 from mergence.outputs import answer
 
@@ -38,6 +39,18 @@ def test_a_saved_model_loads_as_the_dense_original(
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(answer(loaded(image)), expected)
     assert torch.equal(answer(mergence.apply(loaded, macs=0.67)(image)), reduced)
+
+
+def test_a_trace_of_a_model_of_image_and_text_names_the_tower(image: Tensor) -> None:
+    size = {"hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 3}
+    config = transformers.CLIPConfig(
+        vision_config=size | {"image_size": 96, "patch_size": 16, "intermediate_size": 96},
+        text_config=size | {"vocab_size": 64, "intermediate_size": 96},
+    )
+    model = mergence.apply(transformers.CLIPModel(config).eval(), macs=0.67)
+    with pytest.raises(MergenceError, match=r"CLIPModel takes input_ids.*trace\(model\.vision_mod"):
+        mergence.trace(model, image)
+    assert len(mergence.trace(model.vision_model, image).points) > 1
 
 
 def test_forward_keeps_its_signature() -> None:

@@ -122,6 +122,23 @@ def test_blocks_of_the_pooler_reduce_too() -> None:
 
 
 @torch.no_grad()
+def test_the_model_in_a_classifier_finds_every_patch_too() -> None:
+    whole, frames = classifier(), video()
+    alone = encoder(num_hidden_layers=4)
+    alone.load_state_dict(whole.vjepa2.state_dict())
+    mergence.apply(whole, schedule=[36, 20, 20, 12, 12, 6])
+    mergence.apply(alone, schedule=[36, 20, 20, 12])
+    expected = alone(frames)
+    scores = whole(frames).logits
+    for found in (whole.vjepa2(frames), whole.vjepa2(pixel_values_videos=frames)):
+        assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+        assert torch.equal(found.predictor_output[0], expected.predictor_output[0])
+    assert torch.equal(whole.vjepa2.get_vision_features(frames), expected.last_hidden_state)
+    assert torch.equal(whole(frames).logits, scores)
+    assert whole(frames, output_hidden_states=True).hidden_states[-1].shape[1] == 12
+
+
+@torch.no_grad()
 def test_the_predictor_and_masks_find_every_patch() -> None:
     model, frames = encoder(), video()
     context = [torch.arange(0, 36, 2).expand(2, -1)]

@@ -12,9 +12,14 @@ from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.family import qualified_names
 from mergence.state import Carry
 from mergence.step import BlockStep
-from mergence.surgery import LEARNED, original_class
+from mergence.surgery import LEARNED, covered_error, is_covered, original_class
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_MASKED = (
+    "A reduced model was given an attention mask. The mask speaks of the original tokens, "
+    "which are merged on the way. Call without a mask, or use mergence.disabled(model)."
+)
 
 
 def reduced_forward(
@@ -71,10 +76,24 @@ def refuse_mask(*masks: object) -> None:
         ReducedOutputError: There is one.
     """
     if any(mask is not None and mask is not False for mask in masks):
-        raise ReducedOutputError(
-            "A reduced model was given an attention mask. The mask speaks of the original tokens, "
-            "which are merged on the way. Call without a mask, or use mergence.disabled(model)."
-        )
+        raise ReducedOutputError(_MASKED)
+
+
+def refuse_padding(mask: Tensor | None) -> None:
+    """Refuse a mask that hides patches; one that hides none is as good as none.
+
+    Compiled and exported graphs ask when they run: there the library writes out a mask always, and
+    blocks cannot tell.
+
+    Raises:
+        ReducedOutputError: There is one.
+    """
+    if mask is None:
+        return
+    if torch.compiler.is_compiling():
+        torch._assert_async(mask.all(), _MASKED)
+    elif not mask.all():
+        refuse_mask(mask)
 
 
 def require_class(
@@ -83,7 +102,7 @@ def require_class(
     """Check that a part of a model is the one whose forward is restated.
 
     Raises:
-        UnsupportedModelError: It is another one.
+        UnsupportedModelError: It is another one, or its forward was covered on the module itself.
     """
     found, *bases = qualified_names(original_class(module))
     allowed = (allowed,) if isinstance(allowed, str) else allowed
@@ -96,6 +115,8 @@ def require_class(
             f"{what} is a {found}; mergence restates the forward of {' or '.join(allowed)} and "
             f"would compute something else.{hint} Known: {supported}."
         )
+    if is_covered(module):
+        raise covered_error(f"{what}, a {found},")
 
 
 def same_library(model: nn.Module, block: nn.Module) -> bool:

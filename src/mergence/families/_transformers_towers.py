@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergence.errors import ReducedOutputError
-from mergence.families._common import refuse_mask, unwatched
+from mergence.families._common import refuse_mask, refuse_padding, unwatched
 from mergence.families._transformers import TOWERS, entry
 from mergence.families._transformers_releases import path_of_blocks
 from mergence.program import Program
@@ -36,6 +36,7 @@ class ReducedTower:
         if run.disabled or image is None:  # without an image the library says what is missing
             return dense.forward(*inputs, **options)
         refuse_mask(options.get("attention_mask"))
+        refuse_padding(options.get("patch_attention_mask"))
         require_additive(self.config, ReducedOutputError)
         refuse_attentions(self.config, options)
         rows, columns = grid_of(self.config, image.shape)

@@ -96,7 +96,7 @@ class ReducedLayer:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
         dense: Any = super(ReducedLayer, self)
-        if step.program.run.disabled:
+        if step.disabled(hidden_states):
             return dense.forward(hidden_states, *masks, **options)
         refuse_mask(*masks, options.get("attention_mask"), options.get("position_mask"))
         y = reduced_forward(
@@ -111,7 +111,7 @@ class ReducedLayer:
 
 
 class ReducedVJEPA2:
-    """Mixed into `VJEPA2Model` and `VJEPA2ForVideoClassification`."""
+    """Mixed into `VJEPA2Model`, alone and in a classifier."""
 
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
         """The model's forward, as one run."""
@@ -126,12 +126,24 @@ class ReducedVJEPA2:
         grid = _grid(self.config, video.shape)
         program.tokens(math.prod(grid))  # refuses a size at which it cannot be followed
         states = options.get("output_hidden_states", self.config.output_hidden_states)
-        with run.forward(grid, every_patch=states or not hasattr(self, "classifier")):
+        with run.forward(grid, every_patch=states or run.head is None):
             return dense.forward(*inputs, **options)
 
 
+class ReducedClassifier(ReducedVJEPA2):
+    """Mixed into `VJEPA2ForVideoClassification`, whose pooler knows sizes."""
+
+    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
+        """The model's forward, as one run."""
+        with self._mergence.run.under("sized"):
+            return super().forward(*inputs, **options)
+
+
 class ReducedEncoder:
-    """Mixed into the encoder of a `VJEPA2Model`, whose masks and predictor count patches."""
+    """Mixed into the encoder of a `VJEPA2Model`, whose masks and predictor count patches.
+
+    Those of a classifier do not run.
+    """
 
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
         """The encoder's forward, with a token for every patch."""
@@ -139,7 +151,7 @@ class ReducedEncoder:
         outputs = dense.forward(*inputs, **options)
         run = self._mergence.run
         known = run.known_after(self.layernorm)
-        if not run.disabled:
+        if not run.disabled and run.head is None:
             outputs.last_hidden_state = with_every_patch(outputs.last_hidden_state, known, prefix=0)
         return outputs
 
@@ -183,18 +195,18 @@ class TransformersVJEPA2(Family):
         require_release(model, OLDEST)
         require_additive(model.config, UnsupportedModelError)
         pooler = getattr(model, "pooler", None)
-        encoder = (model if pooler is None else model.vjepa2).encoder
+        tower = model if pooler is None else model.vjepa2
+        encoder = tower.encoder
         pooling = () if pooler is None else tuple(pooler.self_attention_layers)
         attention = "attention", _named("VJEPA2RopeAttention")
         require_blocks(model, encoder.layer, _named("VJEPA2Layer"), attention, self.supported)
         attention = "self_attn", _named("VJEPA2PoolerSelfAttention")
         block, first = _named("VJEPA2PoolerSelfAttentionLayer"), 1 + len(encoder.layer)
         require_blocks(model, pooling, block, attention, self.supported, first)
-        parts: list[tuple[nn.Module, type]] = [(model, ReducedVJEPA2)]
-        if pooler is None:
-            parts.append((encoder, ReducedEncoder))
-        else:
-            parts.append((pooler.cross_attention_layer, ReducedCrossLayer))
+        parts: list[tuple[nn.Module, type]] = [(tower, ReducedVJEPA2), (encoder, ReducedEncoder)]
+        if pooler is not None:
+            last = pooler.cross_attention_layer
+            parts += [(model, ReducedClassifier), (last, ReducedCrossLayer)]
         config = model.config
         return ModelSpec(
             blocks=(*encoder.layer, *pooling),
