@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import mergence
 from mergence import family
+from mergence.errors import MergenceError
 from mergence.method import build
 from mergence.schedule import Constant
 
@@ -88,6 +90,17 @@ def test_a_description_prints_and_is_json(vit: nn.Module) -> None:
     assert data["counts"] == [36, 26, 26, 19, 14, 14]
     assert data["macs_ratio"] == pytest.approx(data["gmacs"] / data["gmacs_dense"])
     assert (data["model"], data["family"], data["prefix"]) == ("VisionTransformer", "timm", 1)
+
+
+def test_a_model_that_was_changed_since_is_to_be_reduced_anew(vit: Any) -> None:
+    mergence.apply(vit, macs=0.7)
+    vit.set_input_size(img_size=192)
+    with pytest.raises(MergenceError, match=r"144 patches and had 36.*Apply again"):
+        mergence.describe(vit)
+    assert mergence.describe(mergence.apply(vit, mergence.recipe_of(vit))).patches == 144
+    vit.prune_intermediate_layers([2])
+    with pytest.raises(MergenceError, match=r"3 blocks and had 6"):
+        mergence.describe(vit)
 
 
 def test_a_learned_module_follows_the_models_dtype_and_mode(vit: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 import mergence
 from mergence import family, schedule
 from mergence.errors import MergenceError, OptionError, RecipeError
+from mergence.files import staged
 from mergence.method import build
 from mergence.recipe import Recipe, make
 from mergence.schedule import Constant, Counts, KeepRate, Macs
@@ -46,12 +48,24 @@ def test_a_recipe_survives_a_file(recipe: Recipe, tmp_path: Path) -> None:
     assert Recipe.load(tmp_path / "recipe.json") == recipe
 
 
+def test_a_recipe_that_cannot_be_written_says_where(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    places = {"none/r.json": "no folder", ".": "is a folder", "file/r.json": "no folder"}
+    for path, message in places.items():
+        with pytest.raises(OptionError, match=message):
+            RECIPE.save(tmp_path / path)
+    with pytest.raises(OptionError, match="Nothing can be written"), staged(tmp_path / "file"):
+        raise AssertionError("never lent")
+
+
 def test_what_was_applied_can_be_saved_and_applied_from_the_file(
     vit: nn.Module, tmp_path: Path
 ) -> None:
-    mergence.apply(vit, "tome", macs=0.8, align=4)
+    notes = {"kl": 0.01}
+    mergence.apply(vit, replace(make("tome", macs=0.8, align=4), notes=notes))
     before, file = mergence.describe(vit), tmp_path / "tome.json"
     mergence.recipe_of(vit).save(file)
+    assert Recipe.load(file).notes == notes
     for path in (file, str(file)):
         mergence.apply(vit, "topk", r=1)
         mergence.apply(vit, path)

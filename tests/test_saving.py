@@ -126,9 +126,15 @@ def test_saving_again_replaces_weights_and_leaves_other_files(
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "pytorch_model.bin").write_text("old")
     (tmp_path / "model-00001-of-00002.safetensors").write_text("old")
+    (tmp_path / "model.safetensors.index.json").write_text("old")
+    mine = ["model_best.safetensors", "pytorch_model_run1.pt"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "pytorch_model_fsdp_0").mkdir()
     other = mergence.apply(make(), "tome", macs=0.8)
     mergence.save(other, tmp_path)
-    assert files(tmp_path) == ["README.md", "config.json", "mergence.json", "model.safetensors"]
+    written = ["README.md", "config.json", "mergence.json", "model.safetensors"]
+    assert files(tmp_path) == sorted([*written, *mine, "pytorch_model_fsdp_0"])
     assert torch.equal(mergence.load(tmp_path)(image), other(image))
 
 

@@ -32,6 +32,7 @@ def setting(
     return Setting(
         tokens=tokens,
         patches=tokens,
+        own=tokens,
         depth=depth,
         prefix=prefix,
         align=align,
@@ -99,7 +100,10 @@ def test_constant_removes_as_many_as_the_method_can() -> None:
 
 
 def test_counts_are_taken_as_they_are_or_scaled_to_another_resolution() -> None:
-    assert counts_of(Counts(after=(196, 100, 49)), setting(400, 3)) == (196, 100, 49)
+    plain = Counts(after=(196, 100, 49))
+    assert counts_of(plain, setting(400, 3)) == (196, 100, 49)
+    # Without another word they are those of the model's own input size.
+    assert counts_of(plain, replace(setting(784, 3), own=196)) == (784, 400, 196)
     scaled = Counts(after=(196, 98, 49, 1), of=196)
     assert counts_of(scaled, setting(196, 4)) == (196, 98, 49, 1)
     assert counts_of(scaled, setting(784, 4)) == (784, 392, 196, 4)
@@ -199,6 +203,10 @@ def test_a_schedule_survives_json(schedule: Schedule) -> None:
         ({"kind": "keep_rate", "keep_rate": "a"}, "keep_rate"),
         ({"kind": "macs", "macs": 0.5, "shape": "steep"}, "shape"),
         ({"kind": "counts", "after": [9, "b"]}, "after"),
+        ({"kind": "counts", "after": [9], "of": 0}, "of is 0"),
+        ({"kind": "counts", "after": [9], "of": "9"}, "of is '9'"),
+        ({"kind": "keep_rate", "every": 1.5}, "every=1.5"),
+        ({"kind": "ramp", "every": "2"}, "every=2"),
     ],
     ids=str,
 )

@@ -86,6 +86,18 @@ def test_swapped_modules_copy_and_pickle() -> None:
     assert surgery.is_swapped(both[0])
 
 
+def test_a_copy_of_a_compiled_module_does_not_run_the_original() -> None:
+    both = model()
+    surgery.swap(both[0], Louder, 3)
+    both[0].compile(backend="eager")
+    assert both(X).any()
+    for twin in (copy.deepcopy(both), pickle.loads(pickle.dumps(both))):
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        assert not twin(X).any()
+
+
 def test_a_new_module_of_the_class_is_one_of_the_library() -> None:
     # peft makes layers of the class that it finds; they were never reduced.
     linear = model()[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from mergence import family as families
 from mergence import surgery
-from mergence.errors import OptionError, UnsupportedModelError
+from mergence.errors import MergenceError, OptionError, UnsupportedModelError
 from mergence.family import ModelSpec
 from mergence.method import Method
 from mergence.program import Program, program_of, runs_in
@@ -87,6 +87,7 @@ def apply(
         patches=spec.patches,
         coarse=spec.coarse and learned is None,
         learned=None if learned is None else learned.macs,
+        notes=recipe.notes,
     )
     first = program.first_reduction()
     if learned is not None and first is not None:
@@ -178,16 +179,17 @@ def recipe_of(model: nn.Module) -> Recipe:
         MergenceError: The model is not reduced.
     """
     program = program_of(model)
-    return Recipe(program.method, program.schedule, program.align)
+    return Recipe(program.method, program.schedule, program.align, program.notes)
 
 
 def describe(model: nn.Module) -> Description:
     """Say what is applied to a model: tokens after each block, MACs before and after.
 
     Raises:
-        MergenceError: The model is not reduced.
+        MergenceError: The model is not reduced, or was changed since and is to be reduced anew.
     """
     program = program_of(model)
+    _check_unchanged(model, program)
     return Description(
         model=surgery.original_class(model).__name__,
         family=families.find(model).name,
@@ -202,6 +204,21 @@ def describe(model: nn.Module) -> Description:
         dense=program.macs(dense=True),
         reduced=program.macs(),
     )
+
+
+def _check_unchanged(model: nn.Module, program: Program) -> None:
+    with suppress(UnsupportedModelError):  # wrapped since, as by fully_shard
+        spec = families.find(model).inspect(model)
+        for now, then, what in (
+            (spec.patches, program.patches, "patches"),
+            (len(spec.blocks), program.depth, "blocks"),
+        ):
+            if now != then:
+                raise MergenceError(
+                    f"This {surgery.original_class(model).__name__} has {now} {what} and had "
+                    f"{then} when it was reduced. Apply again: "
+                    "mergence.apply(model, mergence.recipe_of(model))."
+                )
 
 
 def _check_places(method: Method, spec: ModelSpec, learned: nn.Module | None) -> None:

@@ -93,7 +93,7 @@ def plan(change: Tensor, grid: tuple[int, int], regions: int) -> tuple[MergePlan
     # Every patch stays but three of each chosen region, which follow its first.
     patch = torch.arange(change.shape[1], device=change.device).unsqueeze(0)
     first = spread(_by_region(patch, grid)[:, 0, :, 0].unsqueeze(0), grid)
-    weight = torch.ones(chosen.shape, device=change.device)
+    weight = torch.ones(chosen.shape, dtype=torch.float32, device=change.device)
     slots = change.shape[1] - regions * (SIDE**2 - 1)
     return join(torch.where(chosen, first, patch), weight, slots), chosen, loss
 
@@ -135,5 +135,8 @@ def _by_patch(x: Tensor, grid: tuple[int, int]) -> Tensor:
 def _distance(rows: int, columns: int, like: Tensor) -> Tensor:
     """`[rows, columns]` squared distance from the middle: for a root, half of `CENTRE` at most."""
     corner = (CENTRE / 4) ** 0.5
-    y, x = (torch.linspace(-corner, corner, n, device=like.device) for n in (rows, columns))
+    y, x = (
+        torch.linspace(-corner, corner, n, dtype=like.dtype, device=like.device)
+        for n in (rows, columns)
+    )
     return y.square()[:, None] + x.square()

@@ -44,13 +44,19 @@ def staged(folder: Path, *, last: str = "") -> Iterator[Path]:
     Args:
         folder: Where the files go; made where it is missing, below a folder that exists.
         last: Name of the file that is moved after all others.
+
+    Raises:
+        OptionError: The folder cannot be made or written to.
     """
     made = not folder.exists()
-    folder.mkdir(exist_ok=True)
     # Inside of the folder, because files can be moved in one step within one file system only.
     temporary = folder / f".mergence-{uuid.uuid4().hex[:8]}"
     try:
+        folder.mkdir(exist_ok=True)
         temporary.mkdir()
+    except OSError as error:
+        raise OptionError(f"Nothing can be written to the folder '{folder}': {error}.") from error
+    try:
         yield temporary
         for file in sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name)):
             file.replace(folder / file.name)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class Program:
         patches: Patches at the model's own input size.
         coarse: Whether the schedule may read some of them coarsely where the method leaves it open.
         learned: MACs of the method's learned module as a function of tokens, or None.
+        notes: What the recipe says of itself.
         runs: The state of the forward that is under way, in each thread.
     """
 
@@ -45,6 +47,7 @@ class Program:
     patches: int
     coarse: bool = False
     learned: Callable[[int], int] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
     runs: Runs = field(default_factory=Runs)
     _tokens: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
@@ -111,6 +114,7 @@ class Program:
         return Setting(
             tokens=coarse.tokens_left(share or 0.0, patches),
             patches=patches,
+            own=self.patches,
             fewer=self._fewer(patches) if self.coarse and share is None else (),
             depth=self.depth,
             prefix=self.prefix,

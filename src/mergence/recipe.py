@@ -16,7 +16,7 @@ from mergence import method as methods
 from mergence import schedule as schedules
 from mergence._version import __version__
 from mergence.errors import OptionError, RecipeError, ScheduleError
-from mergence.files import staged
+from mergence.files import check_target, staged
 from mergence.method import Method
 from mergence.schedule import Constant, Counts, KeepRate, Macs, Schedule
 
@@ -75,8 +75,13 @@ class Recipe:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the recipe as JSON; the file is there whole or not at all."""
+        """Write the recipe as JSON; the file is there whole or not at all.
+
+        Raises:
+            OptionError: There is no such folder, or nothing may be written there.
+        """
         path, text = Path(path), json.dumps(self.to_dict(), indent=2) + "\n"
+        check_target(path, "The recipe")
         with staged(path.parent) as temporary:
             (temporary / path.name).write_text(text, encoding="utf-8")
 

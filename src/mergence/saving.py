@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,10 @@ from mergence.recipe import Recipe
 RECIPE = "mergence.json"
 LEARNED_WEIGHTS = "mergence.safetensors"
 # What an earlier save may have left behind, and a loader would prefer to the new weights.
-_WEIGHTS = ("model*.safetensors", "model*.index.json", "pytorch_model*", LEARNED_WEIGHTS)
+_WEIGHTS = re.compile(
+    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    rf"|{re.escape(LEARNED_WEIGHTS)}"
+)
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -72,10 +76,9 @@ def save(model: nn.Module, folder: str | Path) -> None:
             save_file(learned, temporary / LEARNED_WEIGHTS)
         recipe.save(temporary / RECIPE)
         written = {file.name for file in temporary.iterdir()}
-    for pattern in _WEIGHTS:
-        for file in folder.glob(pattern):
-            if file.name not in written:
-                file.unlink()
+    for file in folder.iterdir():
+        if _WEIGHTS.fullmatch(file.name) and file.name not in written and file.is_file():
+            file.unlink()
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -104,7 +107,12 @@ def reduce_as_saved(model: nn.Module, folder: Path) -> nn.Module:
         MergenceError: The recipe does not fit the model.
     """
     apply(model, Recipe.load(folder / RECIPE))
-    _load_learned(model, folder / LEARNED_WEIGHTS)
+    file = folder / LEARNED_WEIGHTS
+    if (_learned(model) or file.exists()) and (misfit := load_learned(model, file)):
+        raise CheckpointError(
+            f"'{file}' does not fit the recipe beside it: {misfit}. Both files must come from the "
+            "same mergence.save."
+        )
     return model
 
 
@@ -113,10 +121,12 @@ def _learned(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if part in f".{name}"}
 
 
-def _load_learned(model: nn.Module, file: Path) -> None:
-    own = _learned(model)
-    if not own and not file.exists():
-        return
+def load_learned(model: nn.Module, file: Path) -> str | None:
+    """Give a reduced model what its method has learned, or say what does not fit.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
     try:
         found = load_file(file)
     except Exception as error:  # damaged bytes fail in as many ways as the reader has
@@ -124,12 +134,11 @@ def _load_learned(model: nn.Module, file: Path) -> None:
             f"What the method has learned cannot be read from '{file}' ({type(error).__name__}: "
             f"{error}). Copy the whole folder again."
         ) from error
-    if _shapes(found) != _shapes(own):
-        raise CheckpointError(
-            f"'{file}' does not fit the recipe beside it: it has {_shapes(found)}, and the method "
-            f"learns {_shapes(own)}. Both files must come from the same mergence.save."
-        )
+    has, learns = _shapes(found), _shapes(_learned(model))
+    if has != learns:
+        return f"it has {has}, and the method learns {learns}"
     model.load_state_dict(found, strict=False)
+    return None
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:

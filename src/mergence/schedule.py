@@ -96,7 +96,7 @@ class KeepRate(Schedule):
         blocks: Any = self.blocks
         if blocks is not None and not isinstance(blocks, tuple | list):
             raise ScheduleError(f"blocks is {blocks!r}; give a list of blocks, counted from 1.")
-        if self.every is not None and (self.every < 1 or self.blocks is not None):
+        if self.every is not None and (not _whole(self.every) or self.blocks is not None):
             raise ScheduleError(
                 f"KeepRate(blocks={self.blocks}, every={self.every}): give either blocks, or every "
                 "as 1 or more blocks."
@@ -183,7 +183,7 @@ class Ramp(Schedule):
         if (
             not self.span >= 0
             or not 0 < self.end <= 1
-            or (self.every is not None and self.every < 1)
+            or (self.every is not None and not _whole(self.every))
         ):
             raise ScheduleError(
                 f"Ramp(span={self.span}, end={self.end}, every={self.every}): give a span of at "
@@ -219,8 +219,8 @@ class Counts(Schedule):
 
     Attributes:
         after: Patch tokens after each block, one number a block.
-        of: The number of patches that the counts were made for. At another number of patches,
-            another resolution, they are scaled. None takes the counts as they are.
+        of: The number of patches that the counts were made for, None for that of the model's own
+            input size. At another number of patches, another resolution, they are scaled.
     """
 
     kind: ClassVar[str] = "counts"
@@ -236,6 +236,11 @@ class Counts(Schedule):
                     f"For block {block}, Counts.after holds {count!r}; give the whole number of "
                     "patch tokens that are left after it."
                 )
+        if self.of is not None and not _whole(self.of):
+            raise ScheduleError(
+                f"Counts.of is {self.of!r}; give the number of patches that the counts are for, or "
+                "leave it out."
+            )
 
     def raw(self, setting: Setting) -> tuple[int, ...]:
         if len(self.after) != setting.depth:
@@ -243,10 +248,11 @@ class Counts(Schedule):
                 f"The schedule lists {len(self.after)} counts and the model has {setting.depth} "
                 "blocks. Give one count a block: the patch tokens left after it."
             )
-        if self.of is None or self.of == setting.patches:
+        of = self.of or setting.own
+        if of == setting.patches:
             return self.after
         return tuple(
-            min(max(round(n * setting.patches / self.of), 1), setting.tokens) for n in self.after
+            min(max(round(n * setting.patches / of), 1), setting.tokens) for n in self.after
         )
 
 
@@ -305,6 +311,10 @@ class Macs(Schedule):
             else:
                 strong = middle
         return self.shape.with_strength(strong, setting)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 def _check_blocks(blocks: tuple[int, ...], depth: int) -> None:

@@ -39,6 +39,7 @@ class Setting:
     Attributes:
         tokens: Patch tokens that enter the first block.
         patches: Patches of the image. More than `tokens` where some are read coarsely.
+        own: Patches of an image of the model's own input size.
         fewer: Smaller numbers of tokens that a schedule may let enter instead, as coarse patches.
         depth: Number of blocks.
         prefix: Prefix tokens; they are never reduced and count only for `align`.
@@ -50,6 +51,7 @@ class Setting:
 
     tokens: int
     patches: int
+    own: int
     depth: int
     share: Callable[[tuple[int, ...]], float]
     fewer: tuple[int, ...] = ()

@@ -25,7 +25,7 @@ LEARNED = "mergence"
 @cache
 def _reduced_class(base: type, mixin: type) -> type:
     def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (base, mixin), self.__dict__.copy()
+        return _rebuild, (base, mixin), self.__getstate__()  # type: ignore[no-untyped-call]
 
     def new(cls: type, *args: Any, **options: Any) -> Any:
         # Others make new modules of the class that they find (peft does); those are the library's.
@@ -50,11 +50,20 @@ def _defines_forward(mixin: type) -> bool:
     return isinstance(getattr(mixin, "forward", None), FunctionType)
 
 
-def _is_covered(module: nn.Module) -> bool:
+def is_covered(module: nn.Module) -> bool:
     """Whether a call of the module calls something else than its class's forward."""
     found = module.__dict__.get("forward")
     function = getattr(found, "__func__", None)
     return found is not None and function is not type(module).forward
+
+
+def covered_error(what: str) -> UnsupportedModelError:
+    """The error for a module whose own forward is not the one that mergence knows."""
+    return UnsupportedModelError(
+        f"The forward of {what} was covered on the module itself, as accelerate's hooks do "
+        "(device_map, cpu_offload), and mergence would not call what it does. Apply before that: "
+        "load on one device, mergence.apply, accelerate.dispatch_model."
+    )
 
 
 def _uncover(module: nn.Module) -> None:
@@ -62,7 +71,7 @@ def _uncover(module: nn.Module) -> None:
 
     transformers 4 leaves it behind when it has recorded hidden states.
     """
-    if not _is_covered(module):
+    if not is_covered(module):
         module.__dict__.pop("forward", None)
 
 
@@ -118,12 +127,8 @@ def swap(
         UnsupportedModelError: The mixed-in forward would not be called.
     """
     base: type = type(module)
-    if _defines_forward(mixin) and _is_covered(module):
-        raise UnsupportedModelError(
-            f"The forward of a {base.__name__} was covered on the module itself, as accelerate's "
-            "hooks do (device_map, cpu_offload), and what mergence adds would not be called. "
-            "Apply before that: load on one device, mergence.apply, accelerate.dispatch_model."
-        )
+    if _defines_forward(mixin) and is_covered(module):
+        raise covered_error(f"a {base.__name__}")
     _uncover(module)
     module.__class__ = _reduced_class(base, mixin)
     module.__dict__[ATTACHMENT] = attachment
@@ -162,7 +167,7 @@ def _swapped(model: nn.Module) -> list[nn.Module]:
                 "parametrizations do, and cannot be set back. Undo that before, or begin with "
                 "mergence; mergence.disabled(model) still runs the dense model."
             )
-        if _defines_forward(vars(type(module))["_mergence_mixin"]) and _is_covered(module):
+        if _defines_forward(vars(type(module))["_mergence_mixin"]) and is_covered(module):
             raise MergenceError(
                 f"The forward of {what}, a {type(module).__name__}, was covered after mergence was "
                 "applied, as accelerate's hooks do, and would call what mergence takes away. Undo "

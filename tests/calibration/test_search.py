@@ -28,6 +28,7 @@ def prices(
     setting = Setting(
         tokens=tokens,
         patches=tokens,
+        own=tokens,
         depth=depth,
         prefix=1,
         align=align,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mergence
+from mergence.method import names
 
 
 @pytest.mark.full_product
@@ -21,6 +22,23 @@ def test_a_batch_equals_its_images_one_by_one(
     reduced, image = reduced.double(), image.double()
     single = torch.cat([output(reduced, one.unsqueeze(0)) for one in image])
     torch.testing.assert_close(output(reduced, image), single, rtol=1e-6, atol=1e-6)
+
+
+def test_no_image_has_no_answer(reduced: nn.Module, image: Tensor, output: Any) -> None:
+    with mergence.disabled(reduced):
+        try:
+            expected = output(reduced, image[:0]).shape
+        except (RuntimeError, ValueError):
+            pytest.skip("the library's own takes none")
+    assert output(reduced, image[:0]).shape == expected
+
+
+@pytest.mark.parametrize("method", names())
+def test_images_can_be_mapped(vit: nn.Module, image: Tensor, method: str) -> None:
+    mergence.apply(vit.double(), method, keep_rate=0.7)
+    with torch.no_grad():
+        mapped = torch.func.vmap(vit, randomness="error")(image.double().unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(mapped, vit(image.double()), rtol=1e-6, atol=1e-6)
 
 
 def test_three_threads_at_once_equal_one_after_another(

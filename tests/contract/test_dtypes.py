@@ -28,6 +28,26 @@ def test_the_models_dtype_is_kept(
         assert y.isfinite().all()
 
 
+def test_torchs_default_type_changes_nothing(
+    reduced: nn.Module, image: Tensor, output: Any
+) -> None:
+    expected = output(reduced, image)
+    half, halved = copy.deepcopy(reduced).bfloat16(), image.bfloat16()
+    expected_half = output(half, halved)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with mergence.disabled(reduced):
+            dense = output(reduced, image)
+        found, found_half = output(reduced, image), output(half, halved)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with mergence.disabled(reduced):
+        if not torch.equal(dense, output(reduced, image)):
+            pytest.skip("it changes the library's own answers")
+    assert torch.equal(found, expected)
+    assert torch.equal(found_half, expected_half)
+
+
 def test_autocast_leaves_the_residual_stream_as_the_dense_model_has_it(
     dense: nn.Module, method: str, image: Tensor, output: Any, spec: Any
 ) -> None:

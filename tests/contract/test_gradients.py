@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,23 +38,48 @@ def test_gradients_reach_every_parameter_that_they_reach_in_the_dense_model(
     assert all(grad.isfinite().all() for grad in found.values())
 
 
+@pytest.fixture
+def checkpointing() -> Callable[[nn.Module], None]:
+    """Turns it on, or skips where the library has none."""
+
+    def on(model: nn.Module) -> None:
+        switch: Any = getattr(model, "set_grad_checkpointing", None)
+        if hasattr(model, "gradient_checkpointing_enable"):  # the default of transformers 5
+            switch = partial(model.gradient_checkpointing_enable, {"use_reentrant": False})
+        if switch is None:
+            pytest.skip("the library of this model has no gradient checkpointing")
+        switch()
+        model.train()  # without dropout the same numbers; some checkpoint only in training
+
+    return on
+
+
 def test_checkpointing_gives_the_same_gradients(
-    reduced: nn.Module, image: Tensor, inputs: Any
+    reduced: nn.Module, image: Tensor, inputs: Any, checkpointing: Any
 ) -> None:
-    switch: Any = getattr(reduced, "set_grad_checkpointing", None)
-    if hasattr(reduced, "gradient_checkpointing_enable"):  # the default of transformers 5
-        switch = partial(reduced.gradient_checkpointing_enable, {"use_reentrant": False})
-    if switch is None:
-        pytest.skip("the library of this model has no gradient checkpointing")
     expected = gradients(reduced, image)
-    switch()
-    reduced.train()  # without dropout the same numbers; some libraries checkpoint only in training
+    checkpointing(reduced)
     y = answer(reduced(image))
     with torch.no_grad():
         reduced(inputs(1))  # another forward before blocks are run again
     reduced.zero_grad()
     loss(y).backward()
     for name, parameter in reduced.named_parameters():
+        if name in expected:
+            assert torch.equal(parameter.grad, expected[name]), name
+
+
+def test_checkpointing_gives_the_dense_gradients_of_a_forward_that_was_disabled(
+    dense: nn.Module, image: Tensor, checkpointing: Any
+) -> None:
+    expected = gradients(dense, image)
+    mergence.apply(dense, keep_rate=0.7)
+    checkpointing(dense)
+    with mergence.disabled(dense):
+        y = answer(dense(image))
+    dense.zero_grad()
+    loss(y).backward()
+    for name, parameter in dense.named_parameters():
         if name in expected:
             assert torch.equal(parameter.grad, expected[name]), name
 

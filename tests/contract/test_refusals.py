@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mergence
 from mergence import family
-from mergence.errors import UnsupportedModelError
+from mergence.errors import ReducedOutputError, UnsupportedModelError
 
 UNSUPPORTED: dict[str, Callable[[], nn.Module]] = {
     "timm.models.swin_transformer.SwinTransformer": lambda: timm.create_model(
@@ -55,6 +55,32 @@ def test_an_older_release_of_a_library_is_refused_before_anything_is_changed(
     assert snapshot(vit) == before
     monkeypatch.setattr(timm, "__version__", "1.0.20")
     mergence.apply(vit, macs=0.67)
+
+
+def test_attention_that_somebody_covered_is_refused(
+    dense: nn.Module, spec: Any, snapshot: Any
+) -> None:
+    block = spec(dense).blocks[-1]
+    (name,) = [n for n, m in block.named_children() if "attention" in f"{n} {type(m)}".lower()][:1]
+    attention = getattr(block, name)
+    own = attention.forward
+    attention.forward = lambda *inputs, **named: own(*inputs, **named)
+    before = snapshot(dense)
+    with pytest.raises(UnsupportedModelError, match=r"attention of block.* was covered"):
+        mergence.apply(dense, macs=0.67)
+    assert snapshot(dense) == before
+
+
+def test_tokens_that_the_model_does_not_count_are_refused(vit: nn.Module, image: Tensor) -> None:
+    class Prompted(type(vit)):  # type: ignore[misc]
+        def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+            x = super()._pos_embed(x)
+            return torch.cat((x[:, :1], x[:, -3:], x[:, 1:]), dim=1)
+
+    vit.__class__ = Prompted
+    mergence.apply(vit, macs=0.67)
+    with pytest.raises(ReducedOutputError, match=r"40 tokens where 1 prefix tokens and 36"):
+        vit(image)
 
 
 def test_a_sharded_model_is_refused_with_the_order_that_works(dense: nn.Module, spec: Any) -> None:

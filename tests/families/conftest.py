@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mergence.ops import products
+from mergence.schedule import Counts, Schedule
+from mergence.setting import Setting
 
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2, "img_size": 64, "patch_size": 16}
 
@@ -58,3 +60,14 @@ def checkpointed() -> Callable[[Any, Callable[[], Tensor]], None]:
             torch.testing.assert_close(one, other)
 
     return check
+
+
+class _AsTheyAre(Counts):
+    def raw(self, setting: Setting) -> tuple[int, ...]:
+        return self.after
+
+
+@pytest.fixture
+def unscaled() -> Callable[[list[int]], Schedule]:
+    """Counts that cannot be followed with images of fewer patches."""
+    return lambda counts: _AsTheyAre(after=tuple(counts))

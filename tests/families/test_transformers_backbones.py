@@ -19,6 +19,7 @@ from mergence.families._common import randomised
 from mergence.families._transformers_tiny import tiny_configuration
 from mergence.models import load_model
 from mergence.outputs import answer
+from mergence.schedule import Counts
 
 SIDE = 98  # 7 x 7 patches of 14
 KINDS = {
@@ -69,7 +70,7 @@ def test_maps_are_the_tokens_of_their_stage_at_every_patch(
     model = backbone(cls, out_indices=[1, 4, 6], reshape_hidden_states=grid, apply_layernorm=normed)
     image = torch.randn(2, 3, 64, 128)  # 4 rows, 8 columns
     dense = model(image)
-    mergence.apply(model, "mergence", schedule=[32, 20, 20, 20, 11, 11])
+    mergence.apply(model, schedule=Counts(after=(32, 20, 20, 20, 11, 11), of=32))
     prefix = mergence.describe(model).prefix
     found = model(image, output_hidden_states=True)
     assert [m.shape for m in found.feature_maps] == [m.shape for m in dense.feature_maps]

@@ -252,7 +252,7 @@ def test_blocks_that_are_compiled_one_by_one_give_the_same(qwen: Any) -> None:
     assert_same(qwen(x, GRIDS), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_right_is_refused(qwen: Any) -> None:
+def test_what_cannot_be_right_is_refused(qwen: Any, unscaled: Any) -> None:
     x = pixels(qwen)
     mergence.apply(qwen, macs=0.6)
     lengths = torch.tensor([0, 64, 88, 112, 136, 196], dtype=torch.int32)
@@ -272,7 +272,7 @@ def test_what_cannot_be_right_is_refused(qwen: Any) -> None:
     qwen.config._attn_implementation = "sdpa"
     with pytest.raises(OptionError, match="'mstm' learns reads patches in their rows"):
         mergence.apply(qwen, "mstm", macs=0.6, fusion=True)
-    mergence.apply(qwen, schedule=[64, 32, 32, 32, 32, 32])
+    mergence.apply(qwen, schedule=unscaled([64, 32, 32, 32, 32, 32]))
     qwen(x[:64], GRIDS[:1])
     with pytest.raises(ScheduleError, match="Counts can only fall"):
         qwen(x, GRIDS)

@@ -184,8 +184,8 @@ def test_it_runs_in_bfloat16_by_either_attention(tower: Any, images: Tensor, ker
     assert torch.cosine_similarity(found.float(), expected, dim=-1).mean() > 0.8
 
 
-def test_what_cannot_be_right_is_refused(tower: Any, images: Tensor) -> None:
-    mergence.apply(tower, schedule=[36, 18, 18, 18, 18, 18])
+def test_what_cannot_be_right_is_refused(tower: Any, images: Tensor, unscaled: Any) -> None:
+    mergence.apply(tower, schedule=unscaled([36, 18, 18, 18, 18, 18]))
     with pytest.raises(ReducedOutputError, match="output_attentions"):
         tower(images, output_attentions=True)
     with pytest.raises(ReducedOutputError, match="called by itself"):

@@ -43,13 +43,13 @@ def attention(
     Returns:
         The attention's output `[B, N, C]`, its queries and its keys `[B, H, N, D]`.
     """
-    shape = (*x.shape[:-1], -1, attn.head_dim)
+    heads = (-1, attn.head_dim)
     if hasattr(attn, "qkv"):
-        q, k, v = (y.view(shape).transpose(1, 2) for y in attn.qkv(x).chunk(3, dim=-1))
+        q, k, v = (y.unflatten(2, heads).transpose(1, 2) for y in attn.qkv(x).chunk(3, dim=-1))
     else:
         q, k, v = (
             getattr(attn, f"{name}_norm", as_it_is)(getattr(attn, f"{name}_proj")(x))
-            .view(shape)
+            .unflatten(2, heads)
             .transpose(1, 2)
             for name in "qkv"
         )
@@ -65,10 +65,11 @@ def attention(
 def split_attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The same, of an attention in two modules."""
     first = attn.attention
-    shape = (*x.shape[:-1], -1, first.attention_head_size)
+    heads = (-1, first.attention_head_size)
     # In the library's order, in which the gradients of `x` are summed up, too.
     k, v, q = (
-        project(x).view(shape).transpose(1, 2) for project in (first.key, first.value, first.query)
+        project(x).unflatten(2, heads).transpose(1, 2)
+        for project in (first.key, first.value, first.query)
     )
     # Where heads can be pruned, in transformers 4, "eager" multiplies by what it is given, a mask
     # of heads.
@@ -105,7 +106,7 @@ def attend(
     else:  # `get_interface` is newer than the oldest release
         attend = eager if kernel == "eager" else home.ALL_ATTENTION_FUNCTIONS[kernel]
     y: Tensor = attend(attn, q, k, v, bias, dropout=dropout, scaling=scale_of(attn), **options)[0]
-    return y.reshape(*y.shape[:2], -1).contiguous()
+    return y.flatten(2).contiguous()
 
 
 def _written_out(
@@ -170,7 +171,7 @@ class ReducedBlock:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
         dense: Any = super(ReducedBlock, self)
-        if step.program.run.disabled:
+        if step.disabled(hidden_states):
             return dense.forward(hidden_states, *masks, **options)
         layout = self._mergence_layout
         # The library does not look at the choice where there is one expert.

@@ -158,7 +158,7 @@ class ReducedPackedBlock:
             y: Tensor = dense.forward(x.reshape(*one, -1, channels), *inputs, **options)
             return y.view_as(x)
 
-        if run.disabled:
+        if step.disabled(hidden_states):
             return whole(hidden_states)
         known = run.known() if run.active else attached(hidden_states)
         if known is None:

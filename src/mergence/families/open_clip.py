@@ -66,7 +66,7 @@ class ReducedBlock:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
         dense: Any = super(ReducedBlock, self)
-        if step.program.run.disabled:
+        if step.disabled(q_x):
             y: Tensor = dense.forward(q_x, k_x, v_x, attn_mask)
             return y
         refuse_mask(attn_mask)
@@ -207,6 +207,12 @@ class OpenClip(Family):
         for index, block in enumerate(blocks, start=1):
             require_class(
                 block, _TRANSFORMER + "ResidualAttentionBlock", f"Block {index}", self.supported
+            )
+            require_class(
+                block.attn,
+                "torch.nn.modules.activation.MultiheadAttention",
+                f"The attention of block {index}",
+                self.supported,
             )
         if getattr(tower, "attn_pool_contrastive", None) is not None:
             raise UnsupportedModelError(

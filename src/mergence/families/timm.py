@@ -99,7 +99,7 @@ class ReducedBlock:
         """
         step: BlockStep = self._mergence
         dense: Any = super(ReducedBlock, self)
-        if step.program.run.disabled:
+        if step.disabled(x):
             y: Tensor = dense.forward(x, *masks, **named)
             return y
         refuse_mask(*masks, *named.values())

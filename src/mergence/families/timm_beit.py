@@ -108,7 +108,7 @@ class ReducedBeitBlock:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
         dense: Any = super(ReducedBeitBlock, self)
-        if step.program.run.disabled:
+        if step.disabled(x):
             y: Tensor = dense.forward(x, shared_rel_pos_bias)
             return y
         return reduced_forward(

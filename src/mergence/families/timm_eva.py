@@ -32,17 +32,16 @@ def attention(
     """
     from timm.layers import apply_rot_embed_cat
 
-    batch, tokens, _ = x.shape
     gate = gate_of(attn, x)
     if attn.qkv is None:
         head_dim = attn.q_proj.out_features // attn.num_heads
         q, k, v = (
-            project(x).reshape(batch, tokens, -1, head_dim).transpose(1, 2)
+            project(x).unflatten(2, (-1, head_dim)).transpose(1, 2)
             for project in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
     else:
-        qkv = packed_qkv(attn, x).reshape(batch, tokens, 3, attn.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv: Any = packed_qkv(attn, x)
+        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if rope is not None:
         prefix, half = attn.num_prefix_tokens, attn.rotate_half
@@ -115,7 +114,7 @@ class ReducedEvaBlock:
         """The block's forward, with fewer tokens after it where the schedule says so."""
         step: BlockStep = self._mergence
         dense: Any = super(ReducedEvaBlock, self)
-        if step.program.run.disabled:
+        if step.disabled(x):
             y: Tensor = dense.forward(x, rope, *masks, **named)
             return y
         refuse_mask(*masks, *named.values())

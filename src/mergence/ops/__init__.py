@@ -144,20 +144,23 @@ def attend(
 
 
 def _implementation(x: Tensor) -> ModuleType:
-    # An exported graph must run where there is no mergence and no Triton.
-    if _exporting():
+    if _without_scatter():
         return dense
     if _TRITON and x.is_cuda and x.dtype in fused.DTYPES:
         return fused
     return cpu if x.device.type == "cpu" else dense
 
 
-def _exporting() -> bool:
-    """Whether a graph is recorded for elsewhere."""
+def _without_scatter() -> bool:
+    """Whether a graph is recorded for elsewhere, where there is no mergence and no Triton.
+
+    Or torch.func maps a function over images, which cannot scatter into what is not mapped.
+    """
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing or torch.compiler.is_exporting()
+    mapping = torch._C._functorch.peek_interpreter_stack() is not None
+    return tracing or mapping or torch.compiler.is_exporting()
 
 
 # Asked once, while a graph is made, and not compiled: torch 2.11 tells what it compiles that it is
 # exported. `torch.compiler.assume_constant_result` does this too, and imports all of torch._dynamo.
-_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_without_scatter._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -28,11 +28,11 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
     batch, _, channels = x.shape
     # Rows of the answer, one image after the other; one more collects what is dropped.
     last = batch * (prefix + plan.slots)
-    row = torch.arange(last, device=x.device).view(batch, -1)
+    row = torch.arange(last, device=x.device).view(batch, prefix + plan.slots)
     place = torch.where(plan.slot < 0, last, plan.slot + row[:, prefix : prefix + 1])
     weight = plan.weight.float()
     counts = (weight > 0).float()
-    sums = torch.zeros(3, last + 1, device=x.device)
+    sums = torch.zeros(3, last + 1, dtype=torch.float32, device=x.device)
     to = place.flatten().expand(3, -1)
     sums.scatter_add_(1, to, torch.stack((size, weight, counts)).flatten(1))
     merged_size, total, count = sums.unbind()
@@ -57,8 +57,8 @@ def merge(x: Tensor, size: Tensor, plan: MergePlan, prefix: int = 0) -> tuple[Te
         shared = (count[:-1] > 1) & (length > dense.LEAST)
         scale = torch.where(shared, largest / length, 1.0)
         merged = merged * scale.to(x.dtype).unsqueeze(1)
-    merged_size = merged_size[:-1].view(batch, -1)[:, prefix:]
-    return merged.view(batch, -1, channels), merged_size
+    merged_size = merged_size[:-1].view(batch, prefix + plan.slots)[:, prefix:]
+    return merged.view(batch, prefix + plan.slots, channels), merged_size
 
 
 def norms(x: Tensor) -> Tensor:
@@ -137,7 +137,8 @@ class Cosines(dense.Cosines):
         if score.shape[1] > BLOCK:
             return self._in_blocks(order)
         # 0 for the highest, 4 for the next, and so on.
-        rank = torch.arange(0.0, 4 * order.shape[1], 4, device=order.device).expand_as(score)
+        rank = torch.arange(0, 4 * order.shape[1], 4, device=order.device).float()
+        rank = rank.expand_as(score)
         rank = torch.empty_like(rank).scatter_(1, order, rank)
         # 0 where the other token is above, and -4 elsewhere.
         behind = ((rank - 4).unsqueeze(2) - rank.unsqueeze(1)).clamp_(-4, 0)
