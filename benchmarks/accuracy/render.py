@@ -73,12 +73,16 @@ def _headline(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{result['model']}, {result['images']:,} validation images."])
 
 
+def _threads(result: dict[str, Any]) -> str:
+    return f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+
+
 def _section(name: str, result: dict[str, Any], docs: Path) -> str:
     dense, *rows = result["results"]
     measured = (
         f"{result['model']} on {result['images']} images of {result['data']}, "
         f"{result.get('dtype', 'float32')}, no training. "
-        f"Dense: top-1 {dense['top1']:.2f}. {result['cpu']} CPU, {result['threads']} threads, "
+        f"Dense: top-1 {dense['top1']:.2f}. {result['cpu']} CPU, {_threads(result)}, "
         f"torch {result['torch']}, timm {result['timm']}; calibrated on {result['calibrated_on']}."
     )
     lines = [f"## {name.replace('-', ' ')}", "", measured, ""]
