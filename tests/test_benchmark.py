@@ -117,6 +117,12 @@ def test_a_real_run_has_a_row_for_each_setting_and_leaves_the_model_alone() -> N
     assert mergence.recipe_of(loaded.model).method.name == "tome"
 
 
+def test_no_recipe_takes_the_place_of_the_dense_model() -> None:
+    recipes = {"dense": make("topk", macs=0.5)}
+    with pytest.raises(OptionError, match="A recipe is called 'dense'"):
+        bench(demo.load().model, recipes, input_size=(1, 28, 28), batches=(1,), seconds=0, rounds=2)
+
+
 @pytest.mark.slow
 def test_more_models_can_be_compiled_than_one_code_object_may_have_graphs(
     monkeypatch: pytest.MonkeyPatch,

@@ -65,6 +65,19 @@ def test_folder_and_zip_agree(folder: Path, top: str) -> None:
         assert torch.equal(x.labels, y.labels)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("written", ["./{}/{}", "{}\\{}", ".\\{}\\{}"])
+def test_members_may_be_written_in_other_ways(folder: Path, written: str) -> None:
+    file = folder.with_name("other.zip")
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("./", b"")
+        for path in folder.glob("*/*.png"):
+            archive.writestr(written.format(path.parent.name, path.name), path.read_bytes())
+    a, b = opened(folder), opened(file)
+    assert (a.names, a.labels, a.class_names) == (b.names, b.labels, b.class_names)
+    for x, y in zip(everything(a), everything(b), strict=True):
+        assert torch.equal(x.images, y.images)
+
+
 def test_a_folder_around_the_class_folders_is_passed_over(folder: Path) -> None:
     outer = folder.parent / "outer"
     outer.mkdir()
@@ -162,7 +175,7 @@ def test_bad_images_are_named_and_skipped(
     skipped = [bad for batch in batches for bad in batch.skipped]
     assert [bad.name for bad in skipped] == ["a/2.jpg", "b/0.jpg"]
     assert "truncated" in skipped[0].reason
-    assert "cannot identify" in skipped[1].reason
+    assert skipped[1].reason == "OSError: cannot identify an image format in it"
 
 
 def test_a_batch_of_bad_images_only_is_empty(folder: Path) -> None:
@@ -172,6 +185,7 @@ def test_a_batch_of_bad_images_only_is_empty(folder: Path) -> None:
     assert not first
     assert (len(first.images), first.labels, first.names) == (0, None, [])
     assert len(first.skipped) == len(second) == 4
+    assert {bad.reason for bad in first.skipped} == {"OSError: the file is empty"}
 
 
 def test_a_damaged_member_of_an_archive_is_skipped(folder: Path) -> None:
@@ -203,6 +217,25 @@ def test_an_opened_archive_survives_pickling(folder: Path) -> None:
 
 def test_images_are_converted_to_the_models_mode(folder: Path) -> None:
     assert everything(opened(folder, mode="L"))[0].images.shape == (5, 1, 16, 16)
+
+
+@pytest.mark.parametrize("file", ["a.png", "a.tif", "a.pgm"])
+def test_grey_images_of_16_bits_are_scaled_down_to_8(tmp_path: Path, file: str) -> None:
+    levels = [0, 100, 255]
+    raw = b"".join((257 * level).to_bytes(2, "little") for level in levels)
+    Image.frombytes("I;16", (3, 1), raw).save(tmp_path / file)
+    (batch,) = everything(opened(tmp_path))
+    assert batch.images.flatten(1).tolist() == [levels * 3]
+    (batch,) = everything(opened(tmp_path, mode="L"))
+    assert batch.images.flatten().tolist() == levels
+
+
+@pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", 65536), ("I", -1)])
+def test_images_without_a_scale_are_skipped(tmp_path: Path, mode: str, value: float) -> None:
+    Image.new(mode, (3, 1), value).save(tmp_path / "a.tif")
+    ((bad,),) = (batch.skipped for batch in everything(opened(tmp_path)))
+    assert bad.name == "a.tif"
+    assert f"span {value:g} to {value:g}" in bad.reason
 
 
 def test_a_path_that_cannot_be_used_is_named(tmp_path: Path) -> None:

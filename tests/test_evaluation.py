@@ -66,6 +66,14 @@ def test_features_of_which_tokens_were_merged_cannot_be_compared() -> None:
         evaluate(tower, batches(images, None), {"reduced": make("mergence", keep_rate=0.7)})
 
 
+def test_a_single_value_cannot_be_compared(fresh: Any) -> None:
+    model = fresh("timm-vit")
+    model.reset_classifier(1)
+    images = batches(torch.randn(2, 3, 96, 96), None)
+    with pytest.raises(OptionError, match=r"a single value.*reset_classifier\(0\)"):
+        evaluate(model, images, {"reduced": make("mergence", keep_rate=0.7)})
+
+
 def test_skipped_images_are_reported_and_do_not_count(embedded: nn.Module) -> None:
     run = batches(torch.randn(2, 1, 28, 28), torch.tensor([1, 2]), skipped=3)
     result = evaluate(embedded, run, {})
@@ -85,6 +93,12 @@ def test_a_recipe_that_does_not_fit_stops_before_any_image_is_read(embedded: nn.
 
     with pytest.raises(mergence.MergenceError, match="lists 3 counts"):
         evaluate(embedded, never(), {"wrong": make("topk", schedule=[196, 100, 50])})
+
+
+def test_no_recipe_takes_the_place_of_the_dense_model(embedded: nn.Module) -> None:
+    images = batches(torch.randn(1, 1, 28, 28), None)
+    with pytest.raises(OptionError, match="A recipe is called 'dense'"):
+        evaluate(embedded, images, {"dense": make("topk", macs=0.5)})
 
 
 def test_evaluation_leaves_a_reduced_model_as_it_was(embedded: nn.Module) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergence import regions, visualize
+from mergence import demo, regions, visualize
 from mergence.errors import DataError, MissingExtraError, OptionError
+from mergence.recipe import make
 from mergence.tracing import ReductionPoint, Trace
 
 RED, GREEN, BLUE, WHITE = (1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0), (1.0, 1.0, 1.0)
@@ -259,6 +260,16 @@ def test_refuses_a_trace_without_a_point_and_texts_that_do_not_fit() -> None:
     for texts in ({"titles": ["a", "b"]}, {"captions": []}):
         with pytest.raises(OptionError, match=next(iter(texts))):
             visualize.draw(images, halving((4, 4), 1, 1), **texts)
+
+
+def test_a_model_of_a_single_value_is_quoted_with_it() -> None:
+    loaded = demo.load()
+    loaded.model.reset_classifier(1)  # type: ignore[operator]
+    images = torch.randn(1, 1, 28, 28)
+    with torch.no_grad():
+        value = float(loaded.model(images))
+    figure = visualize.explain(loaded, images, make("mergence", macs=0.5), ["one"])
+    assert f"dense: {value:.4g}" in [text.get_text() for text in figure.texts]
 
 
 def test_says_how_to_install_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

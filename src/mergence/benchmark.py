@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mergence.api import apply, describe, remove
 from mergence.devices import convolutions_tried, described, synchronise, warn_of_slow_type
 from mergence.errors import OptionError
-from mergence.evaluation import DENSE
+from mergence.evaluation import DENSE, runs_of
 from mergence.profiling import PARTS, Profile, parts_of
 from mergence.recipe import Recipe, make
 
@@ -125,12 +125,13 @@ def bench(
         progress: Called after each setting with 1, and after each profile.
 
     Raises:
-        OptionError: A mode is unknown, or not to be had on this device.
+        OptionError: A mode is unknown, or not to be had on this device; or a recipe is called
+            `dense`.
         MergenceError: A recipe does not fit the model.
     """
     device = torch.device(device)
     _check(modes, device)
-    runs: dict[str, Recipe | None] = {DENSE: None, **recipes}
+    runs = runs_of(recipes)
     rows: list[Row] = []
     profiles: list[Profile] = []
     for dtype in dtypes:

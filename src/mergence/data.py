@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -114,11 +114,30 @@ def open_image(name: str, opener: Callable[[], Image], mode: str) -> Image | Ski
 
     try:
         # convert() decodes all of the file, so that a truncated one is noticed here.
-        return opener().convert(mode)
+        return _in_8_bits(opener()).convert(mode)
     except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         return Skipped(name, f"{type(error).__name__}: {error}")
     except DecompressionBombError as error:
         return Skipped(name, str(error))
+
+
+def _in_8_bits(image: Image) -> Image:
+    """Scale 16 bits down, of which convert() would clip all but the darkest greys to white.
+
+    Raises:
+        ValueError: The values are of an unknown scale.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    wide = image if image.mode == "F" else image.convert("I")
+    span: Any = wide.getextrema()
+    low, high = span
+    if image.mode == "F" or not 0 <= low <= high <= 65535:
+        raise ValueError(
+            f"its values span {low:g} to {high:g}, and which of them is white is unknown; save it "
+            "with 8 or 16 bits"
+        )
+    return wide.point(lambda value: value / 256).convert("L")
 
 
 def open_images(

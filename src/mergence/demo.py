@@ -63,6 +63,8 @@ def compare(
 def picture(loaded: LoadedModel, data: ImageData, macs: float = 0.5) -> Figure:
     """Draw what the default method does with one image of four classes each.
 
+    Where there is none of these classes, it is the first image.
+
     Args:
         loaded: The model that `load` returns.
         data: Where the images are taken from.
@@ -70,6 +72,7 @@ def picture(loaded: LoadedModel, data: ImageData, macs: float = 0.5) -> Figure:
     """
     wanted = ("Sneaker", "Trouser", "Bag", "Coat")
     labels = [loaded.label(label) for label in data.labels or ()]
-    samples = [data[labels.index(name)] for name in wanted if name in labels]
+    names = [name for name in wanted if name in labels] or labels[:1]
+    samples = [data[labels.index(name)] for name in names]
     tensors = torch.stack([sample.image for sample in samples if hasattr(sample, "image")])
-    return explain(loaded, tensors, make("mergence", macs=macs), titles=wanted[: len(tensors)])
+    return explain(loaded, tensors, make("mergence", macs=macs), titles=names)

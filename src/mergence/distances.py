@@ -13,6 +13,23 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 """Dense and reduced output, `[B, ...]` of one shape -> distance of each image, `[B]`."""
 
 
+def check_classes(classes: int) -> None:
+    """Refuse a model whose answer is one number: its first guess and its direction are always one.
+
+    Args:
+        classes: How many class scores the model gives; 0 where it answers with features.
+
+    Raises:
+        OptionError: It is one.
+    """
+    if classes == 1:
+        raise OptionError(
+            "The model answers with a single value, which has neither a first guess nor a "
+            "direction to compare. Compare its features: give it without its head, in timm after "
+            "model.reset_classifier(0)."
+        )
+
+
 def kl_divergence(dense: Tensor, reduced: Tensor) -> Tensor:
     """Kullback-Leibler divergence of the logits, in nats."""
     log_p, log_q = dense.log_softmax(dim=1), reduced.log_softmax(dim=1)

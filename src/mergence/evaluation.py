@@ -14,8 +14,8 @@ from mergence import family, surgery
 from mergence.api import apply, describe, remove
 from mergence.data import Batch, Skipped
 from mergence.devices import synchronise, warn_of_slow_type
-from mergence.distances import cosine_distance, kl_divergence
-from mergence.errors import DataError
+from mergence.distances import check_classes, cosine_distance, kl_divergence
+from mergence.errors import DataError, OptionError
 from mergence.macs import count
 from mergence.outputs import answer
 from mergence.recipe import Recipe
@@ -129,6 +129,20 @@ class _Tally:
         }
 
 
+def runs_of(recipes: Mapping[str, Recipe]) -> dict[str, Recipe | None]:
+    """What is compared, by name: the dense model, whose recipe is None, and the recipes.
+
+    Raises:
+        OptionError: A recipe is called as the dense model is.
+    """
+    if DENSE in recipes:
+        raise OptionError(
+            f"A recipe is called '{DENSE}', as the dense model is that all are compared with. Give "
+            "it another name; a recipe file's name is that of the file."
+        )
+    return {DENSE: None, **recipes}
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -158,13 +172,16 @@ def evaluate(
 
     Raises:
         DataError: No image could be read.
-        OptionError: The model answers with tokens, which cannot be compared.
+        OptionError: The model answers with tokens or with a single value, which cannot be compared,
+            or a recipe is called `dense`.
         MergenceError: A recipe does not fit the model.
     """
-    kind = _Tally if family.find(model).inspect(model).classes else _Features
+    runs = runs_of(recipes)
+    classes = family.find(model).inspect(model).classes
+    check_classes(classes)
+    kind = _Tally if classes else _Features
     warn_of_slow_type(torch.device(device), dtype)
     model = model.to(device=device, dtype=dtype).eval()
-    runs: dict[str, Recipe | None] = {DENSE: None, **recipes}
     tallies = {name: kind() for name in runs}
     images, labelled = 0, False
     skipped: list[Skipped] = []

@@ -67,19 +67,22 @@ class Zip:
     path: Path
     # An open archive shares its file offset with forked workers and cannot be pickled, so each
     # process opens its own at first use.
-    _opened: tuple[int, zipfile.ZipFile] | None = field(default=None, repr=False)
+    _opened: tuple[int, zipfile.ZipFile, dict[str, str]] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "_opened": None}
 
-    def _archive(self) -> zipfile.ZipFile:
+    def _archive(self) -> tuple[zipfile.ZipFile, dict[str, str]]:
+        """The archive, and its members by their plain names."""
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), zipfile.ZipFile(self.path))
-        return self._opened[1]
+            archive = zipfile.ZipFile(self.path)
+            members = {_plain(member): member for member in archive.namelist()}
+            self._opened = (os.getpid(), archive, members)
+        return self._opened[1:]
 
     def names(self) -> list[str]:
         try:
-            return self._archive().namelist()
+            return list(self._archive()[1])
         except (zipfile.BadZipFile, OSError) as error:
             raise DataError(
                 f"'{self.path}' cannot be read as a zip archive: {error}. "
@@ -88,8 +91,9 @@ class Zip:
 
     def open(self, name: str) -> Image:
         try:
-            _check_size(self._archive().getinfo(name).file_size)  # zipfile unpacks no more
-            return decode(self._archive().read(name))
+            archive, members = self._archive()
+            _check_size(archive.getinfo(members[name]).file_size)  # zipfile unpacks no more
+            return decode(archive.read(members[name]))
         except RuntimeError as error:  # how zipfile reports encryption and unknown compression
             raise zipfile.BadZipFile(str(error)) from error
 
@@ -148,12 +152,22 @@ def decode(encoded: bytes) -> Image:
     Raises:
         OSError: It is none, or one of a format that other programs are run for.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    image = Image.open(io.BytesIO(encoded))
+    if not encoded:
+        raise OSError("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError:
+        raise OSError("cannot identify an image format in it") from None
     if image.format in ("EPS", "WMF"):  # whatever its name ends in
         raise OSError(f"it is a program that draws ({image.format}), and is not run")
     return image
+
+
+def _plain(member: str) -> str:
+    """A member's name without the "./" of some archivers, or the backslashes of others."""
+    return "/".join(part for part in member.replace("\\", "/").split("/") if part != ".")
 
 
 def _check_size(size: int) -> None:

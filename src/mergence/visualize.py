@@ -6,6 +6,7 @@ The pixel work is done by small functions on tensors; `draw` only arranges their
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,12 @@ _INK, _SOFT, _LINK = "#1a1a1a", "#555555", "#e69f00"
 
 
 def check_path(path: str | Path) -> Path:
-    """Refuse a path that `save` could not write; call it before long work."""
+    """Refuse a picture that could not be drawn and saved; call it before long work.
+
+    Raises:
+        OptionError: It could not be written to this path.
+        MissingExtraError: matplotlib is not installed.
+    """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise OptionError(
@@ -47,6 +53,8 @@ def check_path(path: str | Path) -> Path:
             f"Use one of {', '.join(SUFFIXES)}."
         )
     check_target(path, str(path))
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "viz", "Drawing a picture")
     return path
 
 
@@ -168,6 +176,8 @@ def explain(loaded: LoadedModel, images: Tensor, recipe: Recipe, titles: Sequenc
     pairs = zip(answer(dense), answer(traced.output), strict=True)
 
     def words(logits: Tensor) -> str:
+        if len(logits) == 1:
+            return f"{float(logits):.4g}"
         probability, index = logits.float().softmax(0).max(0)
         return f"{loaded.label(int(index))} {float(probability):.0%}"
 

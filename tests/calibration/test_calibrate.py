@@ -168,12 +168,40 @@ def test_an_interrupt_keeps_the_best_so_far(model: nn.Module, batches: list[Batc
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+def test_an_interrupt_between_two_budgets_keeps_the_first(
+    model: nn.Module, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    improve, improved = Best.improve, False
+
+    def improving(*arguments: Any) -> None:
+        nonlocal improved
+        improve(*arguments)
+        improved = True
+
+    def interrupted(*arguments: Any) -> tuple[int, ...]:
+        if improved:
+            raise KeyboardInterrupt
+        return best_counts(*arguments)
+
+    monkeypatch.setattr(Best, "improve", improving)
+    monkeypatch.setattr("mergence.calibration.tuning.best_counts", interrupted)
+    arguments: dict[str, Any] = {"points": 2, "images": 3, "trials": 1, "tune": False}
+    result = calibrate(model, batches, budgets=[0.7, 0.5], **arguments)
+    assert result.found[0].complete
+
+
 def test_a_model_without_a_head_is_measured_by_its_features(batches: list[Batch]) -> None:
     model = FAMILY.tiny()["vit"]()
     model.reset_classifier(0)  # type: ignore[operator]
     result = calibrate(model, batches, budgets=[0.6], points=1, images=6, trials=0, tune=False)
     assert result.objective == "cosine"
     assert 0 <= (result.found[0].distance or 0) < 1
+
+
+def test_a_model_of_a_single_value_is_refused(model: Any, batches: list[Batch]) -> None:
+    model.reset_classifier(1)
+    with pytest.raises(OptionError, match=r"a single value.*reset_classifier\(0\)"):
+        calibrate(model, batches, budgets=[0.6])
 
 
 def test_bad_images_are_counted_and_no_image_is_an_error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -109,6 +110,12 @@ def test_bench_says_where_the_time_goes(tmp_path: Path) -> None:
     assert reduced["ms"]["planning"] > dense["ms"]["planning"] == 0
 
 
+@pytest.mark.parametrize("option", ["--batch-size", "--dtype", "--mode"])
+def test_bench_asks_for_a_setting(option: str) -> None:
+    with pytest.raises(MergenceError, match=f"{option} ', ' names nothing"):
+        run("bench", "demo", "--macs", "0.5", option, ", ")
+
+
 def test_the_version_is_told() -> None:
     result = run("--version")
     assert (result.exit_code, result.output.strip()) == (0, mergence.__version__)
@@ -174,6 +181,16 @@ def test_a_class_count_that_does_not_match_stops_before_any_work(
     with pytest.raises(SystemExit):
         main()
     assert "has 9 class folders" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_single_value_is_refused_before_the_folders_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = dataclasses.replace(demo.load(), label_names=None)
+    loaded.model.reset_classifier(1)  # type: ignore[operator]
+    monkeypatch.setattr("mergence.cli.options.load", lambda *_: loaded)
+    with pytest.raises(MergenceError, match="a single value"):
+        run("eval", "demo", "--data", "demo", "--macs", "0.5")
 
 
 @pytest.mark.slow

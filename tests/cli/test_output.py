@@ -7,6 +7,7 @@ import os
 import pytest
 
 from mergence.cli import output
+from mergence.data import Skipped
 from mergence.evaluation import Evaluation, Result
 
 
@@ -23,6 +24,27 @@ def test_names_cannot_steer_the_terminal_or_stop_the_output(
     assert "\x1b" not in shown
     for name in ("clear\\x1b[2J.png", "no-encoding\\udcff.png", "ä.png"):
         assert f"  {name}: OSError: bad" in shown
+
+
+def test_square_brackets_and_colons_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "[b]a[/]:cat:"
+    row = Result(name, None, 12.34, 1.0, 100.0, 100.0, 100.0, 0.1234, None, 1234.5)
+    output.evaluation_table(Evaluation(name, name, 5, (Skipped(name, "OSError"),), (row,)))
+    output.error(name)
+    output.warning(name, UserWarning, "", 0)
+    shown = capsys.readouterr()
+    assert f"{name} on 5 images of {name}" in shown.out
+    assert f"  {name}: OSError" in shown.out
+    assert "".join(shown.out.split()).count(name) == 4
+    assert shown.err.split("\n") == [f"Error: {name}", f"Note: {name}", ""]
+
+
+def test_no_line_of_an_error_is_too_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "errors", output.Console(width=40, stderr=True))
+    output.error("word " * 20)
+    assert max(map(len, capsys.readouterr().err.splitlines())) <= 40
 
 
 def test_numbers_are_whole_in_a_narrow_terminal(

@@ -24,6 +24,7 @@ from mergence.data import Batch, Skipped
 from mergence.devices import warn_of_slow_type
 from mergence.distances import (
     Distance,
+    check_classes,
     cosine_distance,
     kl_divergence,
     tempered_kl_divergence,
@@ -69,7 +70,8 @@ def calibrate(
     schedule at the same budget, and the better one is the recipe. Labels are not looked at and
     nothing is random: the same images give the same recipe.
 
-    On Ctrl-C, once the curves are there, the best recipes until then are returned.
+    On Ctrl-C, once there are the curves and for a latency the MACs that meet it, the best recipes
+    until then are returned.
 
     Args:
         model: A model of a known family. It is moved to `device` and `dtype` and left there; what
@@ -92,7 +94,7 @@ def calibrate(
         progress: Called with the share of the work that is done, 0 to 1.
 
     Raises:
-        OptionError: An argument is out of range.
+        OptionError: An argument is out of range, or the model answers with a single value.
         DataError: No image could be read, or the images differ in size.
         ScheduleError: A budget cannot be met with so few points.
         MergenceError: The model or the method does not fit.
@@ -107,10 +109,11 @@ def calibrate(
     try:
         remove(model)
         spec = family.find(model).inspect(model)
+        check_classes(spec.classes)
         options = dict(method.tunable) if tune else {}
         if not spec.coarse:
             options.pop("coarse", None)
-        objective = objective or ("kl" if spec.classes > 1 else "cosine")
+        objective = objective or ("kl" if spec.classes else "cosine")
         distance, searched = OBJECTIVES[objective]
         pixels, skipped = _first_images(batches, images, device, dtype)
         work = Work(progress, sum(map(len, pixels)), trials, len(budgets) or 1)
@@ -140,8 +143,9 @@ def calibrate(
                 ),
             )
         found: list[Found] = []
-        for budget in budgets:
-            counts = best_counts(table, prices, budget, points)
+        # All of them now, so that what an interrupt would lose is done before the long work.
+        starts = [best_counts(table, prices, budget, points) for budget in budgets]
+        for budget, counts in zip(budgets, starts, strict=True):
             best = Best(probe, prices_of, searched, work.some, method, counts, work.tried)
             calibrated = uncalibrated = None
             complete = not found or found[-1].complete

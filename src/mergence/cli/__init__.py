@@ -5,19 +5,34 @@ Nothing here imports torch before a command runs, so that `--help` answers at on
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mergence._version import __version__
 from mergence.cli import bench, calibrate, demo, evaluate, export, listing, train, visualize
-from mergence.cli.output import error, warning
+from mergence.cli.output import error, interrupted, warning
 from mergence.errors import MergenceError
+
+
+class _Commands(TyperGroup):
+    """The commands, of which an interrupted one says so: typer ends it without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            interrupted()
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
     name="mergence",
+    cls=_Commands,
     help="Make a trained Vision Transformer do less work per image and keep its answer.",
     no_args_is_help=True,
     add_completion=False,
@@ -52,11 +67,10 @@ def _options(
 def main() -> None:
     """Run the command line; errors that mergence raises on purpose become one paragraph."""
     warnings.showwarning = warning
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it lacks ends no command
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except MergenceError as problem:
         error(str(problem))
         sys.exit(1)
-    except KeyboardInterrupt:
-        error("Interrupted.")
-        sys.exit(130)

@@ -42,11 +42,11 @@ def bench(
     json: o.Json = None,
 ) -> None:
     """Time methods against the dense model, interleaved, and say whether they pay here."""
-    check_json(json)
+    check_json(json, *recipe or ())
     recipes = o.recipes_of(method, recipe, macs, keep_rate, set_, o.saved_in(model))
-    dtypes = [o.dtype_of(name) for name in _parts(dtype)]
-    place, batches = o.device_of(device), [_batch(size) for size in _parts(batch_size)]
-    modes = _parts(mode)
+    dtypes = [o.dtype_of(name) for name in _parts("--dtype", dtype)]
+    place, modes = o.device_of(device), _parts("--mode", mode)
+    batches = [_batch(size) for size in _parts("--batch-size", batch_size)]
     import torch
 
     from mergence import benchmark
@@ -69,14 +69,17 @@ def bench(
             model_name=model,
             progress=advance,
         )
+    write_json(json, result.to_dict())
     _table(result)
     if result.profiles:
         _profile(result.profiles)
-    write_json(json, result.to_dict())
 
 
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _parts(option: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise OptionError(f"{option} '{text}' names nothing. Name one or more, or leave it out.")
+    return parts
 
 
 def _batch(text: str) -> int:

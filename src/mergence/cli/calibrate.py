@@ -63,14 +63,22 @@ def calibrate(
     json: o.Json = None,
 ) -> None:
     """Find the recipe that changes a model's answers least, from images without labels."""
-    check_json(json)
     shares = _shares(macs, latency, budgets)
-    check_target(out, f"--out {out}")
+    recipes, picture = [out], None
+    if len(shares) > 1:
+        recipes = [_named(out, f"{share:g}") for share in shares]
+        picture = _named(out, "frontier").with_suffix(".png")
+    for path in recipes:
+        check_target(path, f"--out {path}")
+    check_json(json, *recipes, picture)
     chosen, type_, place = o.method_of(method, set_), o.dtype_of(dtype), o.device_of(device)
     from mergence.calibration import calibrate
     from mergence.data import loader, open_images
     from mergence.models import load_model
+    from mergence.visualize import check_path
 
+    if picture:
+        check_path(picture)
     loaded = load_model(model, checkpoint=checkpoint)
     found = open_images(data, transform=loaded.transform, mode=loaded.mode, limit=images, seed=seed)
     with progress("calibrating", 100) as advance:
@@ -96,16 +104,15 @@ def calibrate(
             dtype=type_,
             progress=show,
         )
-    _table(result, model)
     source = {"model": model, "data": data, "seed": seed}
-    for one in result.found:
-        path = out if len(result.found) == 1 else _named(out, f"{one.budget:g}")
+    for one, path in zip(result.found, recipes, strict=True):
         notes = source | dict(one.recipe.notes)
         dataclasses.replace(one.recipe, notes=notes).save(path)
-        console.print(f"Wrote {path}", highlight=False)
-    if len(result.found) > 1:
-        _plot(result, model, _named(out, "frontier").with_suffix(".png"))
+    drawn = [picture] if picture and _plot(result, model, picture) else []
     write_json(json, source | result.to_dict())
+    for path in recipes + drawn:
+        console.print(f"Wrote {path}", highlight=False)
+    _table(result, model)
 
 
 def _shares(macs: float | None, latency: float | None, budgets: str | None) -> list[float]:
@@ -162,7 +169,8 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def _plot(result: Calibration, model: str, path: Path) -> None:
+def _plot(result: Calibration, model: str, path: Path) -> bool:
+    """Draw what the budgets cost; False where an interrupt came before that was measured."""
     from mergence.frontier import draw_frontier
     from mergence.visualize import save
 
@@ -171,10 +179,12 @@ def _plot(result: Calibration, model: str, path: Path) -> None:
         "own schedule": [(f.budget, f.uncalibrated) for f in result.found if f.uncalibrated],
     }
     lines = {name: points for name, points in lines.items() if points}
+    if not lines:
+        return False
     title = f"{model}, {result.images} images"
     name = {"kl": "KL to the dense model, nats", "cosine": "cosine distance to the dense model"}
     figure = draw_frontier(
         lines, ylabel=name[result.objective], title=title, log=True, bold="calibrated"
     )
     save(figure, path)
-    console.print(f"Wrote {path}", highlight=False)
+    return True

@@ -18,7 +18,7 @@ def demo(
     json: o.Json = None,
 ) -> None:
     """Compare methods on the embedded model and images, and draw what merging does."""
-    check_json(json)
+    check_json(json, out)
     from mergence import demo, visualize
 
     visualize.check_path(out)
@@ -26,12 +26,12 @@ def demo(
     data = demo.images(loaded, limit, seed)
     with progress("comparing", len(data)) as advance:
         result = demo.compare(loaded, data, advance)
-    evaluation_table(result)
     visualize.save(demo.picture(loaded, data), out)
+    write_json(json, result.to_dict())
+    evaluation_table(result)
     console.print(
         f"Wrote {out}: what the default method keeps and merges at half of the MACs.\n"
         "Next: mergence eval MODEL --data DIR --macs 0.67, or in Python "
         "mergence.apply(model, macs=0.67).",
         highlight=False,
     )
-    write_json(json, result.to_dict())

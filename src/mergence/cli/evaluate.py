@@ -30,14 +30,16 @@ def evaluate(
     json: o.Json = None,
 ) -> None:
     """Measure accuracy, MACs and closeness to the dense model, for any number of methods."""
-    check_json(json)
+    check_json(json, *recipe or ())
     recipes = o.recipes_of(method, recipe, macs, keep_rate, set_, o.saved_in(model, checkpoint))
     type_, place = o.dtype_of(dtype), o.device_of(device)
     from mergence import evaluation, family
     from mergence.data import loader, open_images
+    from mergence.distances import check_classes
 
     loaded = o.load(model, checkpoint)
     classes = family.find(loaded.model).inspect(loaded.model).classes
+    check_classes(classes)  # before the folders are found to be of more classes
     images = open_images(
         data,
         transform=loaded.transform,
@@ -58,5 +60,5 @@ def evaluate(
             data_name=data,
             progress=advance,
         )
-    evaluation_table(result)
     write_json(json, result.to_dict())
+    evaluation_table(result)

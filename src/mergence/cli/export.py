@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mergence.cli import options as o
-from mergence.cli.output import check_json, console, skipped, write_json
+from mergence.cli.output import check_json, console, errors, skipped, write_json
 from mergence.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def export(
     json: o.Json = None,
 ) -> None:
     """Write a reduced model as ONNX, torch.export or AOTInductor, checked before it is kept."""
-    check_json(json)
+    check_json(json, out, recipe)
     chosen = o.recipe_of(method, recipe, macs, keep_rate, set_, o.saved_in(model, checkpoint))
     from mergence.api import apply
     from mergence.data import loader, open_images
@@ -61,19 +61,17 @@ def export(
         data, transform=loaded.transform, mode=loaded.mode, limit=images, seed=seed
     )
     (batch,) = loader(source, batch_size=images)
-    skipped(batch.skipped)
     if len(batch) < 2:
+        skipped(batch.skipped)
         raise DataError(f"'{data}' has {len(batch)} readable images; the check needs at least 2.")
-    with console.status("exporting and checking"):
+    with errors.status("exporting and checking"):
         done = checked.export(loaded.model, out, batch.images, to=kind, opset=opset)
-    _report(done, data)
     rows: tuple[Row, ...] = ()
     if kind == "onnx" and speed:
         copies = -(-batch_size // len(batch))
-        with console.status("timing"):
+        with errors.status("timing"):
             timed = batch.images.repeat(copies, 1, 1, 1)[:batch_size]
             rows = timing.compare(loaded.model, out, timed, opset=opset, seconds=seconds)
-        _table(rows)
     write_json(
         json,
         {
@@ -84,6 +82,10 @@ def export(
             "speed": [vars(row) for row in rows],
         },
     )
+    _report(done, data)
+    if rows:
+        _table(rows)
+    skipped(batch.skipped)
 
 
 def _report(done: Export, data: str) -> None:

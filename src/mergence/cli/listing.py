@@ -30,6 +30,7 @@ def list_known(
     check_json(json)
     kinds = list(Kind) if kind is None else [kind]
     found = {kind.value: _LISTS[kind]() for kind in kinds}
+    write_json(json, found)
     for name, rows in found.items():
         if not rows:
             console.print(f"{name}: none come with this version")
@@ -40,7 +41,6 @@ def list_known(
         for row in rows:
             table.add_row(*map(str, row.values()))
         console.print(table)
-    write_json(json, found)
 
 
 def _methods() -> list[dict[str, Any]]:

@@ -12,7 +12,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from mergence.errors import OptionError
 from mergence.files import check_target
 
 if TYPE_CHECKING:
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
     from mergence.data import Skipped
     from mergence.evaluation import Evaluation
 
-console = Console()
-errors = Console(stderr=True)
+# Names and paths are printed as they are: what looks like markup in them is none.
+console = Console(markup=False, emoji=False)
+errors = Console(markup=False, emoji=False, stderr=True)
 
 
 def printable(text: str) -> str:
@@ -35,8 +38,12 @@ def printable(text: str) -> str:
 
 def error(text: str) -> None:
     """Print an error to the standard error stream."""
-    errors.print("[bold red]Error:[/] ", end="")
-    errors.print(printable(text), markup=False, highlight=False)
+    errors.print(Text.assemble(("Error: ", "bold red"), printable(text)))
+
+
+def interrupted() -> None:
+    """Say on the standard error stream that the user stopped a command."""
+    errors.print("Interrupted.")
 
 
 def warning(
@@ -48,8 +55,7 @@ def warning(
     line: str | None = None,
 ) -> None:
     """Print a warning; stands in for `warnings.showwarning`."""
-    errors.print("[bold yellow]Note:[/] ", end="")
-    errors.print(printable(str(message)), markup=False, highlight=False)
+    errors.print(Text.assemble(("Note: ", "bold yellow"), printable(str(message))))
 
 
 @contextmanager
@@ -61,14 +67,21 @@ def progress(what: str, total: int) -> Iterator[Callable[[float], None]]:
         yield lambda step: bar.advance(task, step)
 
 
-def check_json(path: Path | None) -> None:
+def check_json(path: Path | None, *others: Path | None) -> None:
     """Check before long work that the JSON file can be written.
 
+    Args:
+        path: The file, if one was asked for.
+        others: What the command reads or writes beside it.
+
     Raises:
-        OptionError: It cannot.
+        OptionError: It cannot, or it would take the place of another.
     """
-    if path is not None:
-        check_target(path, f"--json {path}")
+    if path is None:
+        return
+    check_target(path, f"--json {path}")
+    if path.resolve() in [other.resolve() for other in others if other is not None]:
+        raise OptionError(f"--json {path}: the command reads or writes it already. Name another.")
 
 
 def write_json(path: Path | None, data: Mapping[str, Any]) -> None:
@@ -124,7 +137,7 @@ def skipped_names(images: Mapping[str, str]) -> None:
     if images:
         console.print(f"Skipped {len(images)} unreadable images:", style="yellow")
     for name, reason in list(images.items())[:10]:
-        console.print(printable(f"  {name}: {reason}"), markup=False, highlight=False)
+        console.print(printable(f"  {name}: {reason}"), highlight=False)
     if len(images) > 10:
         console.print(f"  and {len(images) - 10} more; --json lists all")
 

@@ -25,7 +25,7 @@ def visualize(
     json: o.Json = None,
 ) -> None:
     """Draw which tokens stay and what is merged into what, block by block."""
-    check_json(json)
+    check_json(json, out, recipe)
     from mergence import visualize
     from mergence.data import image_files, loader
 
@@ -34,10 +34,11 @@ def visualize(
     loaded = o.load(model, checkpoint)
     files = image_files(image, transform=loaded.transform, mode=loaded.mode)
     (batch,) = loader(files, batch_size=len(files))
-    skipped(batch.skipped)
     if not batch:
+        skipped(batch.skipped)
         raise DataError(f"None of the {len(image)} images could be read.")
     titles = [Path(name).name for name in batch.names]
     visualize.save(visualize.explain(loaded, batch.images, plan, titles), out)
-    console.print(f"Wrote {out}", highlight=False)
     write_json(json, {"model": model, "images": batch.names, "recipe": plan.to_dict()})
+    console.print(f"Wrote {out}", highlight=False)
+    skipped(batch.skipped)
