@@ -28,6 +28,8 @@ def test_yaml_writes_numbers_in_its_own_ways() -> None:
     config = Config.from_dict(NEEDED | values)
     assert (config.lr, config.macs, config.recipe) == (5e-5, (0.67,), ("a.json",))
     assert (config.weight_decay, config.epochs) == (0.0, 3)
+    # And no as false.
+    assert Config.from_dict(NEEDED | yaml.safe_load("precision: no")).precision == "no"
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -39,6 +41,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "none for a number": ({"lr": None}, "lr is None"),
     "out of range": ({"smoothing": 2}, "smoothing is 2.0; give a number from 0 to 1"),
     "no images": ({"batch_size": 0}, "batch_size is 0; give a number at least 1"),
+    "yes for a precision": ({"precision": True}, "precision is True, a bool; give one of no, bf16"),
     "unknown precision": ({"precision": "int4"}, "give one of no, bf16, fp16"),
     "a list of options": ({"set": ["alpha"]}, "set is ['alpha'], a list; give dict"),
     "text among shares": ({"macs": [0.5, "x"]}, "macs is 'x'"),

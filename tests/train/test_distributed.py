@@ -235,6 +235,19 @@ def test_uneven_shards_are_read_to_the_end(config: Build, tmp_path: Path) -> Non
     assert start["dense loss"] == pytest.approx(again["dense loss"], rel=1e-5)
 
 
+def test_parameters_that_a_forward_leaves_out_stop_nobody(config: Build, tmp_path: Path) -> None:
+    """As DINOv2's mask token in transformers, which only its pretraining needs."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    size = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "num_labels": 4}
+    made = transformers.Dinov2Config(**size, image_size=32, patch_size=8)
+    transformers.Dinov2ForImageClassification(made).save_pretrained(tmp_path / "hf")
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path / "hf")
+    model = f"hf:{tmp_path / 'hf'}"
+    settings = config(model=model, data="synthetic:8", limit=None, batch_size=4, epochs=1)
+    assert pair(settings) == {0: "done", 1: "done"}
+
+
 def test_half_precision_follows_the_full_one(config: Build, tmp_path: Path, alone: Path) -> None:
     settings = config(**SETTINGS, precision="bf16")
     assert pair(settings) == {0: "done", 1: "done"}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import mergence
@@ -17,7 +21,7 @@ from mergence.distances import kl_divergence
 from mergence.errors import DataError, OptionError
 from mergence.models import load_model
 from mergence.recipe import make
-from mergence.train import Config, Status, fit
+from mergence.train import Config, Status, build, fit
 from mergence.train.config import read_yaml
 from mergence.train.run import Run
 
@@ -175,12 +179,25 @@ def test_a_second_run_does_not_overwrite_the_first(config: Build) -> None:
         fit(config(epochs=1))
 
 
+def test_a_folder_called_model_is_not_replaced(config: Build, tmp_path: Path) -> None:
+    kept = tmp_path / "run" / "model" / "notes.txt"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    with pytest.raises(OptionError, match=r"holds a run already.*another folder"):
+        fit(config(epochs=1, limit=16))
+    assert list(kept.parents[1].rglob("*")) == [kept.parent, kept]
+
+
+FUSION = {"method": "mstm", "set": {"fusion": True}}
 WRONG = {
     "second derivatives": ({"optimizer": "adahessian"}, "needs second derivatives"),
+    "an optimiser that needs more than torch": ({"optimizer": "fusedadam"}, "cannot be had here"),
     "an optimiser torch cannot save": ({"optimizer": "adafactorbv"}, "could not be resumed"),
     "unknown optimiser": ({"optimizer": "adamm"}, "Did you mean 'adam'?"),
     "unknown augmentation": ({"auto_augment": "rnd-m9"}, "does not read auto_augment 'rnd-m9'"),
     "unknown section": ({"auto_augment": "rand-m9-q1"}, "Unknown RandAugment config section"),
+    "a multiple of no rate": ({"lr": 0, "min_lr": 0, "learned_lr": 1e-3} | FUSION, "lr is 0"),
+    "one image to mix": ({"mixup": 0.5, "accumulate": 16}, "over 16 (processes times accumulate)"),
     "unknown schedule": ({"schedule": "cosin"}, "Did you mean 'cosine'?"),
     "rates upside down": ({"min_lr": 1.0}, "min_lr 1 is above lr 0.002"),
     "no reduction": ({"macs": []}, "Nothing says how much to reduce"),
@@ -216,6 +233,15 @@ def test_images_without_classes_are_refused(config: Build, folders: Path, tmp_pa
         fit(config(val=str(flat)))
 
 
+def test_a_limit_is_that_of_all_folders(config: Build, folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders, tmp_path / "more")
+    both = config(data=[str(folders), str(tmp_path / "more")], new_head=True, limit=5)
+    assert len(build.open_data(both, build.open_model(both))[0]) == 5
+    twice = config(data=[str(folders), f"{folders}/."])
+    with pytest.raises(OptionError, match=r"names the same images twice.*epochs"):
+        build.open_data(twice, build.open_model(twice))
+
+
 @pytest.mark.slow
 def test_tensorboard_gets_the_curves(config: Build, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
@@ -226,6 +252,7 @@ def test_tensorboard_gets_the_curves(config: Build, tmp_path: Path) -> None:
     events.Reload()
     assert {"train/loss", "train/lr", "epoch/dense top1"} <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
+    assert [e.step for e in events.Scalars("epoch/dense top1")] == [0, 4, 8]
 
 
 @pytest.mark.slow
@@ -266,6 +293,18 @@ def test_multi_scale_fusion_is_learned_at_its_own_rate(config: Build, tmp_path: 
     assert last["mstm 0.67 agreement"] == pytest.approx(found.results[1].agreement)
 
 
+def test_a_second_run_goes_on_with_what_the_first_has_learned(config: Build) -> None:
+    first = fit(config(**FUSION, epochs=1, limit=16, learned_lr=0.1)).model
+    learned = load_file(first / "mergence.safetensors")
+    starts = {"model": f"local-dir:{first}"}, {"checkpoint": str(first / "model.safetensors")}
+    for start in starts:
+        run = Run(config(**FUSION, **start, ema=0.9))
+        for model in (run.loaded.model, run.ema.module):
+            assert all(torch.equal(model.state_dict()[name], learned[name]) for name in learned)
+    with pytest.warns(UserWarning, match=r"mergence\.safetensors' does not fit .* is left out"):
+        Run(config(**starts[0]))
+
+
 @pytest.mark.slow
 def test_a_model_of_transformers_is_trained(config: Build, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -295,3 +334,17 @@ def test_each_budget_has_its_recipe_beside_the_model(config: Build) -> None:
         for name in ("mergence.json", "mergence-0.5.json")
     ]
     assert shares == [0.8, 0.5]
+
+
+@pytest.mark.slow
+def test_an_error_that_leaves_a_run_lets_the_process_end(tmp_path: Path) -> None:
+    script = f"""
+from mergence.train import Config, fit
+def report(step):
+    raise KeyError("mine")
+run = dict(model="demo", data="synthetic:16", val="synthetic:8", out={str(tmp_path / "o")!r})
+fit(Config(macs=(0.67,), batch_size=4, epochs=1, workers=1, device="cpu", **run), report=report)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert done.returncode == 1
+    assert b"KeyError: 'mine'" in done.stderr

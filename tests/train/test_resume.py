@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from mergence.errors import CheckpointError, TrainingError, UnsupportedModelError
-from mergence.train import Config, Status, checkpoint, fit
+from mergence.errors import CheckpointError, OptionError, TrainingError, UnsupportedModelError
+from mergence.models import LoadedModel
+from mergence.train import Config, Status, build, checkpoint, fit
 from mergence.train.loop import _Loop
 from mergence.train.run import Run
 
@@ -260,6 +261,50 @@ def test_another_run_cannot_be_resumed(config: Build) -> None:
         UserWarning, match=r"goes on with other options: epochs 1 is now 2; lr 0\.00"
     ):
         fit(config(lr=1e-4), resume=True)
+
+
+def test_another_batch_size_is_refused(config: Build, tmp_path: Path) -> None:
+    fit(config(epochs=1, limit=16))
+    with pytest.raises(CheckpointError, match=r"16 images a step and batch_size is now 8.*accumul"):
+        fit(config(epochs=2, limit=16, batch_size=8), resume=True)
+
+
+def test_a_parameter_that_no_forward_uses_has_no_state(
+    config: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DINOv2's mask token in transformers, which only its pretraining needs."""
+
+    def with_spare(config: Config) -> LoadedModel:
+        loaded = open_model(config)
+        loaded.model.register_parameter("spare", torch.nn.Parameter(torch.zeros(3)))
+        return loaded
+
+    open_model = build.open_model
+    monkeypatch.setattr(build, "open_model", with_spare)
+    settings = config(save_every=1)
+    with pytest.raises(Crash):
+        fit(settings, report=crash_at(2))
+    run = Run(settings)
+    assert run.restore()
+    assert run.position.update == 1
+
+
+def test_other_pieces_are_noted(config: Build) -> None:
+    """Images are mixed within a piece."""
+    fit(config(epochs=1, limit=16, mixup=0.5))
+    with pytest.warns(UserWarning, match="goes on with other options: accumulate 1 is now 2"):
+        assert Run(config(epochs=1, limit=16, mixup=0.5, accumulate=2)).restore()
+
+
+def test_the_configuration_is_there_whatever_a_full_disk_does(
+    config: Build, tmp_path: Path
+) -> None:
+    settings = config(epochs=1, limit=16)
+    fit(settings)
+    written = (tmp_path / "run" / "config.yaml").read_bytes()
+    with disk_with_room_for(0), pytest.raises(OptionError, match="cannot be written to"):
+        fit(settings, resume=True)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == written
 
 
 def test_new_options_hold_from_the_checkpoint_on(config: Build) -> None:

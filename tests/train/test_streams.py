@@ -234,11 +234,15 @@ def test_what_is_wrong_with_a_stream_is_said_first(
         attempt(f"wds:{tars}/*.tar", epoch_images=None)
     with pytest.raises(OptionError, match="Leave out limits"):
         attempt(f"wds:{tars}/*.tar", limit=5)
+    datasets.Dataset.from_dict({"a": [1]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"save_to_disk, write it again with to_parquet"):
+        attempt(f"hf:{tmp_path}/saved")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.csv").write_text("a,b\n1,2\n")
     with pytest.raises(DataError, match="no image column with a class label"):
         attempt(f"hf:{tmp_path}/text")
     write_shard(tars / "a-000.tar", [("x", encoded(Image.new("L", (28, 28))), 10)])
-    with pytest.raises(DataError, match="has the label 10, and there are 10 classes"):
-        attempt(f"wds:{tars}/a-000.tar")
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"^'a-000.*has the label 10, and there are 10 classes"):
+            attempt(f"wds:{tars}/a-000.tar", workers=workers)
     assert not (tmp_path / "run" / "model").exists()

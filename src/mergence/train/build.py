@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mergence import family, surgery
+from mergence import family, saving, surgery
 from mergence.api import recipe_of, remove
 from mergence.data import ImageData, join, open_images
 from mergence.errors import DataError, MissingExtraError, OptionError, UnsupportedModelError
 from mergence.models import LoadedModel, load_model
 from mergence.recipe import Recipe, make
-from mergence.saving import RECIPE, save
 from mergence.train.config import Config
 from mergence.train.feed import Feed, Seat
 from mergence.train.shards import is_stream
@@ -100,6 +101,28 @@ def open_model(config: Config) -> LoadedModel:
     return loaded
 
 
+def load_learned(config: Config, model: nn.Module) -> None:
+    """Give a reduced model what an earlier run has learned beside the weights that it starts from.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    source, _, name = config.model.partition(":")
+    if config.checkpoint is not None:
+        folder = Path(config.checkpoint).parent
+    elif source in ("local-dir", "hf") and not config.scratch:
+        folder = Path(name)
+    else:
+        return
+    file = folder.expanduser() / saving.LEARNED_WEIGHTS
+    if file.exists() and (misfit := saving.load_learned(model, file)):
+        warnings.warn(
+            f"'{file}' does not fit this run and is left out: {misfit}. To go on with what an "
+            f"earlier run has learned, give the recipe beside it ({saving.RECIPE}).",
+            stacklevel=3,
+        )
+
+
 def _add_drop_path(model: nn.Module, rate: float) -> None:
     from timm.layers import DropPath
 
@@ -151,9 +174,17 @@ def _open(
     known: dict[str, Any],
 ) -> Data:
     known = known | {"transform": transform, "mode": mode}
+    if len({Path(path).expanduser().resolve() for path in paths}) < len(paths):
+        raise OptionError(
+            f"{', '.join(paths)} names the same images twice. Give each once; epochs says how "
+            "often they are seen."
+        )
     if not any(map(is_stream, paths)):
-        each = limit and -(-limit // max(len(paths), 1))
-        return join({p: open_images(p, limit=each, seed=config.seed, **known) for p in paths})
+        each = limit and -(-limit // len(paths))
+        whole = join({p: open_images(p, limit=each, seed=config.seed, **known) for p in paths})
+        return replace(
+            whole, names=whole.names[:limit], labels=whole.labels and whole.labels[:limit]
+        )
     if limit is not None or len(paths) > 1:
         raise OptionError(
             f"'{paths[0]}' is a stream, which is read alone and to its end. Leave out limits and "
@@ -229,8 +260,9 @@ def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     it gets a rate of its own, `learned_lr`, and no weight decay, which would hold it there.
 
     Raises:
-        OptionError: There is no such optimiser, it cannot be saved or needs more than a gradient,
-            or the model does not tell its layers.
+        OptionError: There is no such optimiser, not on this machine, it cannot be saved or needs
+            more than a gradient, the model does not tell its layers, or `learned_lr` is a multiple
+            of nothing.
     """
     from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
@@ -245,13 +277,24 @@ def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:
             f"layer_decay needs to know the layers of a {type(model).__name__}, which only timm's "
             "models tell. Leave it out."
         )
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        model,
-        config.optimizer,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        layer_decay=config.layer_decay,
-    )
+    if config.learned_lr is not None and not config.lr:
+        raise OptionError(
+            "learned_lr follows lr as a multiple of it, and lr is 0. Give lr a rate that is too "
+            "small to matter: lr 1e-12 with min_lr 0."
+        )
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model,
+            config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+        )
+    except (AssertionError, ImportError) as error:  # of APEX and bitsandbytes, which need a GPU
+        raise OptionError(
+            f"The optimiser '{config.optimizer}' cannot be had here: {error}. Take another, for "
+            "example adamw."
+        ) from error
     if any(isinstance(value, torch.dtype) for value in optimizer.defaults.values()):
         raise OptionError(
             f"The optimiser '{config.optimizer}' has a type among its settings, which torch cannot "
@@ -319,9 +362,9 @@ def save_model(
         new = {"label_names": list(names), "num_classes": timms.num_classes}
         timms.pretrained_cfg = dict(timms.pretrained_cfg) | new
     if hasattr(model, "pretrained_cfg") or hasattr(model, "save_pretrained"):
-        save(model, folder)
+        saving.save(model, folder)
     else:
-        recipe_of(model).save(folder / RECIPE)
+        recipe_of(model).save(folder / saving.RECIPE)
         save_file(remove(model).state_dict(), folder / WEIGHTS)
     for name, recipe in list(recipes.items())[1:]:
         recipe.save(folder / f"{name.replace(' ', '-')}.json")

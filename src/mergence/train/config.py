@@ -200,6 +200,8 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
                 return None
             case (t, bool()) if t is bool:
                 return value
+            case (t, False) if "no" in get_args(t):  # as YAML 1.1 reads it
+                return "no"
             case (t, int()) if t is int and not isinstance(value, bool):
                 return value
             case (t, int() | float() | str()) if t is float and not isinstance(value, bool):

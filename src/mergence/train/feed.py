@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mergence.data import Batch, ImageData, Sample, Skipped, collate
 from mergence.train.seeding import seed_at, seeded
-from mergence.train.signals import outlive_first
+from mergence.train.signals import end, outlive_first
 
 Key = tuple[int, int]
 """Epoch and index of an image: how it is augmented depends on both."""
@@ -85,8 +86,18 @@ class Feed:
         plan = (self._pieces(order, step) for step in range(start, self.steps))
         self._keys.now = ([(epoch, i) for i in piece] for pieces in plan for piece in pieces)
         batches = iter(self._loader)
+        self._readers[:] = [batches]
         for step in range(start, self.steps):
             yield [next(batches) for _ in self._pieces(order, step)]
+
+    def close(self) -> None:
+        """End the processes that read images; there is no epoch after this."""
+        for readers in self._readers:
+            end(readers)
+
+    @cached_property
+    def _readers(self) -> list[Any]:
+        return []
 
     @cached_property
     def _keys(self) -> _Keys:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergence.data import Batch
 from mergence.errors import DataError, MergenceError, OptionError, TrainingError
+from mergence.files import staged
 from mergence.train import build, checkpoint
 from mergence.train.config import Config
 from mergence.train.levels import Choice
@@ -69,7 +70,8 @@ def fit(
         CheckpointError: A checkpoint cannot be read or written.
     """
     folder = Path(config.out).expanduser()
-    if not resume and checkpoint.latest(folder / "checkpoints") is not None:
+    found = (folder / "model").exists() or checkpoint.latest(folder / "checkpoints") is not None
+    if found and not resume:
         raise OptionError(
             f"'{folder}' holds a run already. Go on with it (--resume, in Python resume=True), or "
             "choose another folder."
@@ -93,6 +95,8 @@ def fit(
             + ("There is no checkpoint yet." if last is None else f"'{last}' is the last state; ")
             + ("" if last is None else "start all processes again with --resume.")
         ) from error
+    finally:
+        run.close()
 
 
 def _lost_another(run: Run, error: RuntimeError) -> bool:
@@ -104,7 +108,8 @@ def _lost_another(run: Run, error: RuntimeError) -> bool:
 def _write_config(folder: Path, config: Config) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        with staged(folder) as temporary:  # the one that is there is what --resume reads
+            (temporary / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise OptionError(f"The folder '{folder}' cannot be written to: {error}.") from error
 
@@ -129,6 +134,8 @@ class _Loop:
         if run.accelerator.is_main_process:
             tensorboard = run.config.tensorboard
             self.logs = Logs(run.out, run.position.update, tensorboard=tensorboard)
+            for row in run.history if run.position.update == 0 else ():  # before training
+                self.logs.epoch(row)
         self.began = time.perf_counter()
         self.images = 0
 

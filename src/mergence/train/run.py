@@ -71,8 +71,11 @@ class Run:
         train, val = build.open_data(config, self.loaded)
         model = self.loaded.model
         self.reducer = Reducer(model, self.recipes)
-        # A learned module takes no part in dense steps, and DDP must be told that this happens.
-        unused = any(program.learned for program in self.reducer.programs.values())
+        build.load_learned(config, model)
+        # DDP must be told that a forward may leave parameters out: a learned module in dense steps,
+        # and what other libraries than timm keep for pretraining, such as DINOv2's mask token.
+        unused = not hasattr(model, "pretrained_cfg")
+        unused |= any(program.learned for program in self.reducer.programs.values())
         try:
             self.accelerator = Accelerator(
                 cpu=place == "cpu",  # or accelerate leaves processes on CPUs each to itself
@@ -109,7 +112,7 @@ class Run:
         )
         known = None if config.new_head else self.loaded.label_names
         self.class_names = known or train.class_names or ()
-        self.targets = Targets.of(config, len(self.class_names))
+        self.targets = Targets.of(config, len(self.class_names), seat.world)
         self._template = copy.deepcopy(model)
         model.to(self.accelerator.device).train()
         self.ema = self._averaged(model) if config.ema else None
@@ -141,6 +144,12 @@ class Run:
         ema = ModelEmaV3(model, decay=self.config.ema, use_warmup=True)
         self.ema_reducer = Reducer(ema.module, self.recipes)
         return ema
+
+    def close(self) -> None:
+        """End the processes that read images."""
+        for feed in (self.feed, self.val):
+            if feed is not None:
+                feed.close()
 
     def validate(self) -> dict[str, Score]:
         """Scores of the dense path and of each reduced one; of the averaged weights, if any.
@@ -196,9 +205,13 @@ class Run:
         """Go back to the last checkpoint; False where there is none. Every process takes part.
 
         Raises:
-            CheckpointError: It is damaged, or belongs to other images or another model.
+            CheckpointError: It is damaged, or belongs to other images, steps of another size or
+                another model.
         """
-        from torch.distributed.checkpoint.state_dict import set_state_dict
+        from torch.distributed.checkpoint.state_dict import (
+            set_model_state_dict,
+            set_optimizer_state_dict,
+        )
 
         self.on_main(lambda: checkpoint.clean(self.checkpoints))
         place = checkpoint.latest(self.checkpoints)
@@ -212,17 +225,22 @@ class Run:
                 f"{', '.join(self.config.data)}' now has {len(self.feed.data)}, so its order is "
                 "lost. Give the same images, or start a new run from its weights with --checkpoint."
             )
+        taken = saved["config"]["batch_size"]  # a place in a run is counted in steps
+        if taken != self.config.batch_size:
+            raise CheckpointError(
+                f"The run in '{self.out}' takes {taken} images a step and batch_size is now "
+                f"{self.config.batch_size}, so its place and its schedules are lost. Go on with "
+                f"batch_size {taken}; where memory is short, raise accumulate."
+            )
         optimizer = self.optimizer.optimizer
         told = [
             {key: group[key] for key in _TOLD & group.keys()} for group in optimizer.param_groups
         ]
         try:
-            set_state_dict(
-                self.model,
-                optimizer,
-                model_state_dict=dict(state.model),
-                optim_state_dict=saved["optimizer"],
-                options=_whole(),
+            set_model_state_dict(self.model, dict(state.model), options=_whole())
+            # Not strictly: parameters that no forward uses have no state.
+            set_optimizer_state_dict(
+                self.model, optimizer, saved["optimizer"], options=_whole(strict=False)
             )
             if self.ema is not None:
                 self.ema.module.load_state_dict(state.ema)
@@ -303,11 +321,12 @@ class Run:
 # What the configuration says about a group of parameters, whatever a checkpoint says.
 _TOLD = {"weight_decay", "lr_scale", "initial_lr"}
 
-# What may differ from run to run without changing what is learned.
-_FREE = ("out", "workers", "save_every", "log_every", "tensorboard", "device", "accumulate")
+# What may differ from run to run without changing what is learned. Not the number of pieces: images
+# are mixed, and layers dropped, within each.
+_FREE = ("out", "workers", "save_every", "log_every", "tensorboard", "device")
 
 
-def _whole() -> Any:
+def _whole(*, strict: bool = True) -> Any:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, strict=strict)

@@ -167,7 +167,8 @@ def _hugging_face(path: str, rest: str) -> Shards:
     except Exception as error:  # whatever the library, the hub client and the network raise
         raise DataError(
             f"'{path}' cannot be opened: {type(error).__name__}: {error}. Give hf:NAME@SPLIT, with "
-            "the name of a data set of the hub or the path of a local one."
+            "the name of a data set of the hub or the path of a local one. If that was written by "
+            "save_to_disk, write it again with to_parquet."
         ) from error
     features = data.features or {}
     image = _column(features, datasets.Image)

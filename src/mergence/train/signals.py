@@ -54,3 +54,13 @@ def outlive_first(worker: int) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
+
+
+def end(readers: Any) -> None:
+    """End the processes behind an iterator of a DataLoader.
+
+    At its exit Python sends them one signal, which they outlive, and waits for them for ever. It is
+    reached with them alive where an error leaves a run, whose traceback holds the iterator.
+    """
+    if hasattr(readers, "_shutdown_workers"):  # torch has no public way; Lightning calls this, too
+        readers._shutdown_workers()

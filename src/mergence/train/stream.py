@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -17,7 +18,7 @@ from mergence.sources import decode
 from mergence.train.feed import Seat
 from mergence.train.seeding import seed_at, seeded
 from mergence.train.shards import Encoded, Shards, open_shards
-from mergence.train.signals import outlive_first
+from mergence.train.signals import end, outlive_first
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,7 +102,7 @@ def open_stream(
 
 
 @dataclass(frozen=True)
-class _Reader(IterableDataset[Batch]):
+class _Reader(IterableDataset[Batch | DataError]):
     """What one worker of one process reads, in batches.
 
     Shards are dealt out to all workers of all processes where there are enough of them; otherwise
@@ -117,7 +118,7 @@ class _Reader(IterableDataset[Batch]):
     epoch: int
     start: int
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | DataError]:
         feed, info = self.feed, get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         reader, readers = feed.seat.rank * workers + worker, feed.seat.world * workers
@@ -134,11 +135,14 @@ class _Reader(IterableDataset[Batch]):
         if held:
             yield self._batch(held, decoded=behind <= 0)
 
-    def _batch(self, items: list[Encoded | Skipped], *, decoded: bool) -> Batch:
+    def _batch(self, items: list[Encoded | Skipped], *, decoded: bool) -> Batch | DataError:
         if not decoded:
             return collate([])
         data, seed = self.feed.data, self.feed.seed
-        return collate([data.sample(item, seed, self.epoch) for item in items])
+        try:
+            return collate([data.sample(item, seed, self.epoch) for item in items])
+        except DataError as error:  # raised here, it would come with a worker's whole traceback
+            return error
 
     def _mine(self, reader: int, readers: int) -> Iterator[Encoded | Skipped]:
         shards, feed = self.feed.data.shards, self.feed
@@ -213,10 +217,11 @@ class StreamFeed:
         """The pieces of each step of an epoch, from step `start` on."""
         # Workers may be sent what they read, and cannot be sent what ties the processes together.
         reader = _Reader(replace(self, anyone=bool), epoch, start * self.pieces)
-        loader: Iterable[Any] = DataLoader(
+        loader: Iterable[Batch | DataError] = DataLoader(
             reader, batch_size=None, num_workers=self.workers, worker_init_fn=outlive_first
         )
-        batches: Iterator[Batch] = iter(loader)
+        self._readers[:] = [iter(loader)]
+        batches = map(_checked, self._readers[0])
         step = 0
         while True:
             pieces = list(islice(batches, self.pieces))
@@ -226,3 +231,18 @@ class StreamFeed:
             step += 1
             if step > start:
                 yield pieces
+
+    def close(self) -> None:
+        """End the processes that read images; there is no epoch after this."""
+        for readers in self._readers:
+            end(readers)
+
+    @cached_property
+    def _readers(self) -> list[Iterator[Batch | DataError]]:
+        return []
+
+
+def _checked(batch: Batch | DataError) -> Batch:
+    if isinstance(batch, DataError):
+        raise batch
+    return batch

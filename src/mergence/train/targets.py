@@ -43,10 +43,25 @@ class Targets:
     mixup: Any = None
 
     @classmethod
-    def of(cls, config: Config, classes: int) -> Targets:
-        """What a configuration asks for."""
+    def of(cls, config: Config, classes: int, world: int = 1) -> Targets:
+        """What a configuration asks for.
+
+        Args:
+            config: The configuration.
+            classes: Number of classes.
+            world: Number of processes, each of which mixes the images of its own pieces.
+
+        Raises:
+            OptionError: Each image would be alone.
+        """
         if not (config.mixup or config.cutmix):
             return cls(classes, config.smoothing)
+        if config.batch_size // (world * config.accumulate) < 2:
+            raise OptionError(
+                f"mixup and cutmix pair the images of a piece, and batch_size {config.batch_size} "
+                f"over {world * config.accumulate} (processes times accumulate) makes pieces of "
+                "one image. Raise batch_size, or lower accumulate."
+            )
         from timm.data import Mixup
 
         mixup = Mixup(
