@@ -152,3 +152,24 @@ def test_merging_keeps_the_answers_of_the_embedded_model_where_pruning_does_not(
     assert ours.macs_ratio <= 0.5
     assert ours.agreement > 90
     assert ours.kl < topk.kl / 3
+
+
+def test_batches_may_come_from_any_loader(embedded: nn.Module) -> None:
+    images, labels = torch.randn(4, 1, 28, 28), torch.tensor([1, 2, 3, 4])
+    data = torch.utils.data.TensorDataset(images, labels)
+    recipes = {"reduced": make("mergence", macs=0.5)}
+    expected = evaluate(embedded, batches(images, labels), recipes).results
+    pairs: Any = torch.utils.data.DataLoader(data, 2)
+    for given in (pairs, [(images, labels)]):
+        found = evaluate(embedded, given, recipes).results
+        assert [(r.top1, r.kl) for r in found] == [
+            (r.top1, pytest.approx(r.kl, rel=1e-4)) for r in expected
+        ]
+    assert evaluate(embedded, [images], recipes).results[1].top1 is None
+    wrong: Any
+    for wrong in ({"image": images}, [labels], "ab"):
+        with pytest.raises(DataError, match="without images"):
+            evaluate(embedded, [wrong], recipes)
+    for wrong in (["tome"], {"tome": "tome"}):
+        with pytest.raises(OptionError, match="give a dict of recipes by name"):
+            evaluate(embedded, [images], wrong)

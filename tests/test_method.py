@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -13,8 +15,9 @@ from torch import nn
 import mergence
 from mergence import family
 from mergence import method as methods
-from mergence.errors import UnknownNameError
+from mergence.errors import OptionError, PlanError, UnknownNameError
 from mergence.plan import MergePlan, TokenView
+from mergence.planning import keep_highest
 from mergence.schedule import KeepRate, Schedule
 
 
@@ -78,3 +81,71 @@ def test_a_method_of_another_module_may_not_take_a_name_by_calling_itself_alike(
 def test_a_method_without_a_rule_cannot_be_made() -> None:
     with pytest.raises(TypeError, match="abstract"):
         mergence.Method()  # type: ignore[abstract]
+
+
+def kept(tokens: TokenView, slots: int) -> MergePlan:
+    return keep_highest(tokens.size, slots).drop(tokens.size)
+
+
+WRONG: dict[str, tuple[Callable[[TokenView, int], Any], str]] = {
+    "more slots": (lambda t, s: kept(t, s + 2), "made 27 slots where 25"),
+    "fewer slots": (lambda t, s: kept(t, s - 1), "made 24 slots where 25"),
+    "no plan": (lambda t, s: None, "NoneType in place of a MergePlan"),
+    "numbers": (lambda t, s: replace(kept(t, s), slot=t.size), "slots of torch.float32"),
+    "short": (lambda t, s: replace(kept(t, s), weight=t.size[:, 1:]), r"weight is \[1, 35\]"),
+    "one image": (lambda t, s: replace(kept(t, s), slot=kept(t, s).slot[0]), r"slot is \[36\]"),
+    "too many": (lambda t, s: kept(t, 99), "99 of 36 tokens are to stay"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_plan_says_what_is_wrong(name: str, pairs: Any) -> None:
+    rule, message = WRONG[name]
+    pairs.plan = lambda self, tokens, slots: rule(tokens, slots)
+    model: nn.Module = family.registry()["timm"].tiny()["vit"]()
+    mergence.apply(model, "pairs", schedule=[36, 25, 25, 25, 25, 25])
+    with pytest.raises(PlanError, match=message):
+        model(torch.randn(1, 3, 96, 96))
+
+
+def test_what_cannot_be_a_method_is_refused_when_it_is_registered(pairs: Any) -> None:
+    before = methods.names()
+    for needs in ("keys", {"key"}):
+        wrong = type("Wrong", (pairs,), {"needs": needs})
+        with pytest.raises(OptionError, match=r"Wrong\.needs names key.*importance, keys"):
+            mergence.register("wrong")(wrong)
+    with pytest.raises(OptionError, match="no subclass of Method"):
+        mergence.register("wrong")(len)  # type: ignore[type-var]
+    assert methods.names() == before
+
+
+def test_a_method_without_a_name_of_its_own_is_refused(pairs: Any) -> None:
+    model: nn.Module = family.registry()["timm"].tiny()["vit"]()
+    for unnamed in (type("Heir", (pairs,), {}), type("Heir", (mergence.Method,), {"plan": kept})):
+        with pytest.raises(OptionError, match=r"Heir has no name of its own.*register\("):
+            mergence.apply(model, unnamed(), keep_rate=0.7)
+    del pairs.shape
+    with pytest.raises(OptionError, match="'pairs' has no schedule of its own"):
+        mergence.apply(model, "pairs", macs=0.67)
+    pairs.learned = lambda self, dim: nn.Identity()
+    with pytest.raises(OptionError, match=r"learns is a Identity.*mergence\.method\.Learned"):
+        mergence.apply(model, "pairs", keep_rate=0.7)
+
+
+@pytest.mark.slow
+def test_the_name_of_a_method_cannot_be_taken_before_it_is_first_used() -> None:
+    script = """
+import mergence
+class Mine(mergence.Method):
+    def plan(self, tokens, slots): ...
+try:
+    mergence.register("topk")(Mine)
+except mergence.MergenceError as error:
+    print(error)
+print(mergence.methods.TopK, mergence.train.Config, mergence.errors.PlanError)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (
+        "taken by mergence.methods.topk.TopK. Choose another name for __main__.Mine" in done.stdout
+    )
+    assert "mergence.errors.PlanError" in done.stdout

@@ -72,7 +72,13 @@ __all__ = [
 ]
 
 
+_MODULES = ("data", "errors", "methods", "models", "planning", "train")
+"""Those that documented names are in."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"mergence.{name}")
     for module, names in _HOME.items():
         if name in names:
             value = getattr(import_module(f"mergence.{module}"), name)

@@ -14,7 +14,7 @@ from mergence import family as families
 from mergence import surgery
 from mergence.errors import MergenceError, OptionError, UnsupportedModelError
 from mergence.family import ModelSpec
-from mergence.method import Method
+from mergence.method import Learned, Method
 from mergence.program import Program, program_of, runs_in
 from mergence.recipe import Recipe, make
 from mergence.report import Description
@@ -222,6 +222,11 @@ def _check_unchanged(model: nn.Module, program: Program) -> None:
 
 
 def _check_places(method: Method, spec: ModelSpec, learned: nn.Module | None) -> None:
+    if learned is not None and not isinstance(learned, Learned):
+        raise OptionError(
+            f"What '{method.name}' learns is a {type(learned).__name__}; make it a subclass of "
+            "mergence.method.Learned, which says what it is called with and what it costs."
+        )
     if method.coarse and not spec.coarse:
         raise OptionError(
             f"coarse={method.coarse}: mergence cannot read patches of this model coarsely; it can "

@@ -11,7 +11,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,6 +75,29 @@ class Batch:
         """The same in memory that a GPU copies from by itself; a DataLoader asks for it."""
         labels = None if self.labels is None else self.labels.pin_memory()
         return replace(self, images=self.images.pin_memory(), labels=labels)
+
+
+Batches = Iterable[Batch | Tensor | Sequence[Tensor]]
+"""Images as `loader` yields them, or as any other loader does: alone, or with labels."""
+
+
+def as_batches(batches: Batches) -> Iterator[Batch]:
+    """The same as `Batch`es.
+
+    Raises:
+        DataError: One holds no images.
+    """
+    for found in batches:
+        if isinstance(found, Batch):
+            yield found
+            continue
+        images, labels = (found, None) if isinstance(found, Tensor) else (*found, None, None)[:2]
+        if not isinstance(images, Tensor) or images.ndim < 4:
+            raise DataError(
+                f"A batch is a {type(found).__name__} without images. Give tensors [B, C, H, W], "
+                "pairs of images and labels, or what mergence.data.loader yields."
+            )
+        yield Batch(images, labels, [""] * len(images), [])
 
 
 @dataclass(frozen=True)

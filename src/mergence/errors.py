@@ -31,6 +31,10 @@ class ScheduleError(MergenceError):
     """A schedule cannot be carried out on this model."""
 
 
+class PlanError(MergenceError):
+    """A method's plan is not what was asked for."""
+
+
 class RecipeError(MergenceError):
     """A recipe file is missing, damaged or of another format."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mergence import family, surgery
 from mergence.api import apply, describe, remove
-from mergence.data import Batch, Skipped
+from mergence.data import Batch, Batches, Skipped, as_batches
 from mergence.devices import synchronise, warn_of_slow_type
 from mergence.distances import check_classes, cosine_distance, kl_divergence
 from mergence.errors import DataError, OptionError
@@ -133,8 +133,14 @@ def runs_of(recipes: Mapping[str, Recipe]) -> dict[str, Recipe | None]:
     """What is compared, by name: the dense model, whose recipe is None, and the recipes.
 
     Raises:
-        OptionError: A recipe is called as the dense model is.
+        OptionError: They are not recipes by name, or one is called as the dense model is.
     """
+    given: Any = recipes
+    if not isinstance(given, Mapping) or not all(isinstance(r, Recipe) for r in given.values()):
+        raise OptionError(
+            f"recipes is {given!r}; give a dict of recipes by name, for example "
+            '{"tome": mergence.recipe.make("tome", macs=0.67)}.'
+        )
     if DENSE in recipes:
         raise OptionError(
             f"A recipe is called '{DENSE}', as the dense model is that all are compared with. Give "
@@ -146,7 +152,7 @@ def runs_of(recipes: Mapping[str, Recipe]) -> dict[str, Recipe | None]:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Batches,
     recipes: Mapping[str, Recipe],
     *,
     device: str | torch.device = "cpu",
@@ -191,7 +197,7 @@ def evaluate(
         for name, recipe in runs.items():
             back()  # each starts from the model as it was, with what that has learned
             paths[name] = _path(model, recipe)
-        for batch in batches:
+        for batch in as_batches(batches):
             skipped += batch.skipped
             if batch:
                 if images == 0:  # a warm-up, so that no run pays for being the first

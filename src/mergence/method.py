@@ -19,6 +19,9 @@ from mergence.errors import OptionError, PluginError, RecipeError, UnknownNameEr
 from mergence.plan import MergePlan, TokenView
 from mergence.schedule import Schedule
 
+NEEDS = frozenset({"importance", "keys", "received"})
+"""What a rule may read beside the tokens; see `TokenView`."""
+
 
 class Learned(nn.Module, ABC):
     """A module with parameters that a method puts before the first reduction."""
@@ -128,9 +131,13 @@ def register(name: str) -> Callable[[M], M]:
 
     Raises:
         UnknownNameError: Another method has the name already.
+        OptionError: The class is no method, or its `needs` names what there is not.
     """
 
     def add(cls: M) -> M:
+        _check(cls)
+        if not cls.__module__.startswith("mergence.methods."):
+            _discover_own()  # or the name of one of them could be taken from it
         taken = _REGISTRY.get(name)
         if taken is not None and _full_name(taken) != _full_name(cls):
             raise UnknownNameError(
@@ -148,12 +155,29 @@ def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def _check(cls: Any) -> None:
+    if not isinstance(cls, type) or not issubclass(cls, Method):
+        raise OptionError(f"{cls!r} is registered as a method, and is no subclass of Method.")
+    needs: Any = cls.needs
+    unknown = {needs} if isinstance(needs, str) else set(needs) - NEEDS
+    if unknown:
+        raise OptionError(
+            f"{_full_name(cls)}.needs names {', '.join(sorted(unknown))}; give a frozenset of "
+            f"{', '.join(sorted(NEEDS))}."
+        )
+
+
 @cache
-def _discover() -> None:
+def _discover_own() -> None:
     import mergence.methods as package
 
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
+
+
+@cache
+def _discover() -> None:
+    _discover_own()
     for place, found in plugins.load("mergence.methods"):
         # A module that registers several is as good.
         if isinstance(found, type) and found not in _REGISTRY.values():
@@ -171,6 +195,21 @@ def registry() -> Mapping[str, type[Method]]:
     """
     _discover()
     return dict(sorted(_REGISTRY.items()))
+
+
+def check_registered(method: Method) -> None:
+    """Check that a method is found again by the name that recipes write down.
+
+    Raises:
+        OptionError: Its class has no name, or that of the class it is made from.
+    """
+    cls = type(method)
+    found = registry().get(getattr(cls, "name", ""))
+    if found is None or _full_name(found) != _full_name(cls):
+        raise OptionError(
+            f"{_full_name(cls)} has no name of its own, by which a recipe could name it. Put "
+            '@mergence.register("name") above the class.'
+        )
 
 
 def names() -> list[str]:

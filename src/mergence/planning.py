@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergence import ops
+from mergence.errors import PlanError
 from mergence.plan import DROPPED, MergePlan, compose, nan_last
 
 
@@ -65,7 +66,12 @@ def keep_highest(score: Tensor, slots: int) -> Partition:
     Args:
         score: `[B, N]`. NaN counts as the lowest; among equals the first stay.
         slots: How many stay, 0 to N.
+
+    Raises:
+        PlanError: There are not so many.
     """
+    if not 0 <= slots <= (tokens := int(score.shape[1])):
+        raise PlanError(f"{slots} of {tokens} tokens are to stay; give 0 to {tokens}.")
     order, place = ops.split(score, slots)
     return Partition(order[:, :slots], order[:, slots:], place)
 

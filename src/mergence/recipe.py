@@ -42,6 +42,7 @@ class Recipe:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        methods.check_registered(self.method)
         align: Any = self.align  # may come from JSON
         if align is not None and (not isinstance(align, int) or align < 1):
             raise OptionError(
@@ -188,6 +189,11 @@ def make(
 def _schedule(method: Method, given: dict[str, Any]) -> Schedule:
     match given:
         case {"macs": macs}:
+            if not hasattr(method, "shape"):
+                raise OptionError(
+                    f"Method '{method.name}' has no schedule of its own that macs could fit. Give "
+                    "its class one as `shape`, for example mergence.KeepRate(), or give schedule."
+                )
             return Macs(macs=_number("macs", macs), shape=method.shape)
         case {"keep_rate": keep_rate}:
             return KeepRate(keep_rate=_number("keep_rate", keep_rate))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mergence import ops
-from mergence.errors import ReducedOutputError
+from mergence.errors import PlanError, ReducedOutputError
 from mergence.importance import attention_from, attention_received
 from mergence.macs import without_unread
-from mergence.plan import TokenView
+from mergence.plan import MergePlan, TokenView
 from mergence.program import Program, without_autocast
 from mergence.state import Carry, attach, attach_dense, attached, attached_dense
 
@@ -157,7 +158,7 @@ class BlockStep:
             run.lap("scoring")
             block, depth = self.index + 1, self.program.depth
             view = TokenView(patches, size, block, depth, importance, keys, received)
-            plan = method.plan(view, slots)
+            plan = _checked(method.plan(view, slots), view, slots, method.name)
             run.lap("planning")
             merged, after = self.program.merged(x, size, carry, plan)
             if self.program.cost.placed and importance is not None:
@@ -169,3 +170,21 @@ class BlockStep:
         if run.observer is not None:
             run.observer.reduced(self.index + 1, after, plan, importance)
         return merged, after
+
+
+def _checked(plan: Any, view: TokenView, slots: int, method: str) -> MergePlan:
+    """A method's plan, of whose shapes everything else is made."""
+    if not isinstance(plan, MergePlan):
+        raise PlanError(f"Method '{method}' made a {type(plan).__name__} in place of a MergePlan.")
+    if plan.slots != slots:
+        raise PlanError(f"Method '{method}' made {plan.slots} slots where {slots} were asked for.")
+    tokens = int(view.size.shape[1])
+    for name, value in (("slot", plan.slot), ("weight", plan.weight)):
+        if value.ndim != 2 or int(value.shape[1]) != tokens:
+            raise PlanError(
+                f"Method '{method}' made a plan whose {name} is {list(value.shape)}; it must be "
+                f"[B, {tokens}], one number a token."
+            )
+    if plan.slot.dtype != torch.int64:
+        raise PlanError(f"Method '{method}' made slots of {plan.slot.dtype}; give int64.")
+    return plan

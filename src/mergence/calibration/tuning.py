@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from mergence.calibration.refining import Best
 from mergence.calibration.search import Prices, best_counts, check_budget
 from mergence.calibration.sensitivity import measure
 from mergence.coarse import share_of
-from mergence.data import Batch, Skipped
+from mergence.data import Batches, Skipped, as_batches
 from mergence.devices import warn_of_slow_type
 from mergence.distances import (
     Distance,
@@ -45,7 +45,7 @@ OBJECTIVES: dict[Objective, tuple[Distance, Distance]] = {
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Batches,
     *,
     budgets: Sequence[float] = (),
     latency: float | None = None,
@@ -177,11 +177,11 @@ def calibrate(
 
 
 def _first_images(
-    batches: Iterable[Batch], images: int, device: str | torch.device, dtype: torch.dtype
+    batches: Batches, images: int, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Skipped]]:
     pixels: list[Tensor] = []
     skipped: list[Skipped] = []
-    for batch in batches:
+    for batch in as_batches(batches):
         skipped += batch.skipped
         left = images - sum(map(len, pixels))
         if batch:
