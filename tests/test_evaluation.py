@@ -173,3 +173,9 @@ def test_batches_may_come_from_any_loader(embedded: nn.Module) -> None:
     for wrong in (["tome"], {"tome": "tome"}):
         with pytest.raises(OptionError, match="give a dict of recipes by name"):
             evaluate(embedded, [images], wrong)
+
+
+def test_without_an_image_the_first_bad_one_is_named(embedded: nn.Module) -> None:
+    bad = list(batches(torch.empty(0), None, skipped=2))
+    with pytest.raises(DataError, match=r"None of the 2 .*First: bad-0: OSError: broken\."):
+        evaluate(embedded, bad, {"reduced": make(macs=0.5)})

@@ -65,5 +65,5 @@ class MissingExtraError(MergenceError):
     def __init__(self, package: str, extra: str, what: str) -> None:
         super().__init__(
             f"{what} needs the package '{package}', which is not installed. "
-            f"Install it with: pip install 'mergence[{extra}]'"
+            f"Install it, in a checkout of mergence, with: pip install -e '.[{extra}]'"
         )

@@ -209,7 +209,8 @@ def evaluate(
     finally:
         back()
     if images == 0:
-        raise DataError(f"None of the {len(skipped)} images could be read. First: {skipped[:1]}.")
+        first = "".join(f" First: {bad.name}: {bad.reason}." for bad in skipped[:1])
+        raise DataError(f"None of the {len(skipped)} images could be read.{first}")
 
     def result(name: str, recipe: Recipe | None) -> Result:
         tally = tallies[name]

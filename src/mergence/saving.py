@@ -64,7 +64,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
         )
     if not folder.absolute().parent.is_dir():
         raise OptionError(f"There is no folder '{folder.absolute().parent}'. Make it first.")
-    learned = _learned(model)
+    learned = learned_by(model)
     with staged(folder, last=RECIPE) as temporary:
         back = surgery.bookmark(model)
         surgery.restore(model)
@@ -108,7 +108,7 @@ def reduce_as_saved(model: nn.Module, folder: Path) -> nn.Module:
     """
     apply(model, Recipe.load(folder / RECIPE))
     file = folder / LEARNED_WEIGHTS
-    if (_learned(model) or file.exists()) and (misfit := load_learned(model, file)):
+    if (learned_by(model) or file.exists()) and (misfit := load_learned(model, file)):
         raise CheckpointError(
             f"'{file}' does not fit the recipe beside it: {misfit}. Both files must come from the "
             "same mergence.save."
@@ -116,7 +116,8 @@ def reduce_as_saved(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-def _learned(model: nn.Module) -> dict[str, Tensor]:
+def learned_by(model: nn.Module) -> dict[str, Tensor]:
+    """What a method has learned in a reduced model, by its names in the state of the model."""
     part = f".{surgery.LEARNED}."
     return {name: value for name, value in model.state_dict().items() if part in f".{name}"}
 
@@ -134,7 +135,7 @@ def load_learned(model: nn.Module, file: Path) -> str | None:
             f"What the method has learned cannot be read from '{file}' ({type(error).__name__}: "
             f"{error}). Copy the whole folder again."
         ) from error
-    has, learns = _shapes(found), _shapes(_learned(model))
+    has, learns = _shapes(found), _shapes(learned_by(model))
     if has != learns:
         return f"it has {has}, and the method learns {learns}"
     model.load_state_dict(found, strict=False)

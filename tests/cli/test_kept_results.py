@@ -97,7 +97,7 @@ def test_what_a_picture_needs_is_asked_for_before_the_work(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("mergence.models.load_model", never)
     monkeypatch.setattr("mergence.demo.load_model", never)
-    with pytest.raises(MissingExtraError, match=r"mergence\[viz\]"):
+    with pytest.raises(MissingExtraError, match=r"'\.\[viz\]'"):
         CliRunner().invoke(app, command, catch_exceptions=False)
 
 
@@ -153,3 +153,13 @@ def test_a_console_shows_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = stream.getvalue().decode("ascii")
     assert "top-1" in shown
     assert "? in points" in shown  # what a Greek letter is there
+
+
+def test_a_picture_takes_no_images_place(tmp_path: Path) -> None:
+    image = tmp_path / "one.png"
+    Image.effect_noise((28, 28), 50).save(image)
+    before = image.read_bytes()
+    command = ["visualize", "demo", str(image), "--macs", "0.5", "--out", str(image)]
+    with pytest.raises(OptionError, match="an image to draw"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    assert image.read_bytes() == before

@@ -129,7 +129,7 @@ def test_it_imports_and_lists(alone: dict[str, Any]) -> None:
 def test_a_model_that_needs_an_extra_says_which(alone: dict[str, Any]) -> None:
     assert alone["said"] == {
         spec: f"Loading '{spec}' needs the package '{package}', which is not installed. "
-        f"Install it with: pip install 'mergence[{extra}]'"
+        f"Install it, in a checkout of mergence, with: pip install -e '.[{extra}]'"
         for spec, (package, extra) in NEEDS.items()
     }
     assert {extra for _, extra in NEEDS.values()} <= PROJECT["optional-dependencies"].keys()
@@ -137,7 +137,7 @@ def test_a_model_that_needs_an_extra_says_which(alone: dict[str, Any]) -> None:
 
 def test_the_command_line_says_it_in_one_paragraph(alone: dict[str, Any]) -> None:
     shown = " ".join(alone["shown"].split())
-    assert "pip install 'mergence[timm]'" in shown
+    assert "pip install -e '.[timm]'" in shown
     assert "Traceback" not in shown
 
 
@@ -153,6 +153,6 @@ except MissingExtraError as error:
 """
     said = without(["PIL"], code)
     assert "the package 'pillow'" in said
-    assert "mergence[transformers]" in said
+    assert "'.[transformers]'" in said
     extra = PROJECT["optional-dependencies"]["transformers"]
     assert "pillow" in {Requirement(line).name for line in extra}

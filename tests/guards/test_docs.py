@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -59,6 +60,54 @@ def test_every_method_has_its_page() -> None:
         if lacks:
             problems.append(f"docs/methods/{name}.md lacks the sections {lacks}")
     assert not problems, "every method has its page:\n" + "\n".join(problems)
+
+
+def test_every_option_is_on_its_methods_page_with_its_default() -> None:
+    problems = []
+    for name, cls in method.registry().items():
+        text = (DOCS / "methods" / f"{name}.md").read_text(encoding="utf-8")
+        line = "".join(line for line in text.splitlines() if line.startswith("Options: "))
+        for field in dataclasses.fields(cls):
+            if (option := f"`{field.name}={field.default!r}`") not in line:
+                problems.append(f"docs/methods/{name}.md has no {option} in a line `Options: ...`")
+    assert not problems, "every option is on its method's page:\n" + "\n".join(problems)
+
+
+def test_counts_and_macs_on_the_pages_are_those_of_describe() -> None:
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        model = timm.create_model("deit_small_patch16_224")
+
+    def described(name: str, **how: Any) -> Any:
+        return mergence.describe(mergence.apply(model, name, **how))
+
+    def ends(name: str, **how: Any) -> str:
+        found = described(name, **how)
+        return f"{found.counts[-1] + 1} tokens and {found.reduced.total / 1e9:.2f} GMACs"
+
+    tome, evit, coarse = (
+        (DOCS / page).read_text(encoding="utf-8")
+        for page in ("methods/tome.md", "methods/evit.md", "coarse.md")
+    )
+    assert f"With `r=13` DeiT-S ends with {ends('tome', r=13)}, " in tome
+    assert f"with `r=16` with {ends('tome', r=16)}." in tome
+    assert f"At `keep_rate=0.7` DeiT-S ends with {ends('evit', keep_rate=0.7)}." in evit
+    small = described("mergence", macs=0.4)
+    regions = (small.patches - small.start) // 3  # of four tokens three are gone
+    assert f"{regions} of the {small.patches // 4} regions" in coarse
+
+
+def test_the_layers_in_contributing_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (layers,) = re.findall(r"\*\*Imports go one way\*\*: `([^`]+)`", text)
+    missing = [
+        part
+        for part in re.findall(r"\w+", layers)
+        if not (SRC / f"{part}.py").is_file() and not (SRC / part).is_dir()
+    ]
+    assert not missing, f"CONTRIBUTING.md names parts that do not exist: {missing}"
 
 
 def commands(text: str) -> Iterator[list[str]]:

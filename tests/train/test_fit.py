@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -348,3 +349,19 @@ fit(Config(macs=(0.67,), batch_size=4, epochs=1, workers=1, device="cpu", **run)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
     assert done.returncode == 1
     assert b"KeyError: 'mine'" in done.stderr
+
+
+def test_what_was_learned_is_kept_for_libraries_without_a_folder(
+    fresh: Any, tmp_path: Path
+) -> None:
+    model = mergence.apply(fresh("torchvision-vit"), "mstm", keep_rate=0.7, fusion=True)
+    learned = {n: torch.randn_like(p) for n, p in model.state_dict().items() if ".mergence." in n}
+    model.load_state_dict(learned, strict=False)
+    build.save_model(tmp_path, model, [], {"mstm": mergence.recipe_of(model)})
+    start = Config(
+        model="torchvision:vit_b_16", data="demo", checkpoint=str(tmp_path / build.WEIGHTS), out="o"
+    )
+    again = mergence.apply(fresh("torchvision-vit"), tmp_path / "mergence.json")
+    build.load_learned(start, again)
+    assert learned
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in learned.items())

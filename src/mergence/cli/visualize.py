@@ -9,7 +9,7 @@ import typer
 
 from mergence.cli import options as o
 from mergence.cli.output import check_json, console, skipped, write_json
-from mergence.errors import DataError
+from mergence.errors import DataError, OptionError
 
 
 def visualize(
@@ -26,6 +26,8 @@ def visualize(
 ) -> None:
     """Draw which tokens stay and what is merged into what, block by block."""
     check_json(json, out, recipe)
+    if out.resolve() in [path.resolve() for path in image]:
+        raise OptionError(f"--out {out}: that is an image to draw. Name another file.")
     from mergence import visualize
     from mergence.data import image_files, loader
 

@@ -349,7 +349,7 @@ def save_model(
     """Write a trained model with its recipe, as `mergence.save` does; `mergence.load` reads it.
 
     Libraries without a folder layout of their own (torchvision, open_clip) get the dense weights,
-    for `checkpoint`, and the recipe.
+    for `checkpoint`, what the method has learned beside them, and the recipe.
 
     Args:
         folder: Where to.
@@ -365,6 +365,8 @@ def save_model(
         saving.save(model, folder)
     else:
         recipe_of(model).save(folder / saving.RECIPE)
+        if learned := saving.learned_by(model):
+            save_file(learned, folder / saving.LEARNED_WEIGHTS)
         save_file(remove(model).state_dict(), folder / WEIGHTS)
     for name, recipe in list(recipes.items())[1:]:
         recipe.save(folder / f"{name.replace(' ', '-')}.json")

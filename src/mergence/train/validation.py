@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mergence.data import Batch, Skipped
+from mergence.data import Batch
 from mergence.distances import kl_divergence
 from mergence.errors import DataError
 from mergence.outputs import answer
@@ -138,7 +138,6 @@ def validate(
     }
 
 
-def first(skipped: Mapping[str, str] | list[Skipped]) -> str:
+def first(skipped: Mapping[str, str]) -> str:
     """The first few of the skipped images, for a message."""
-    items = list(skipped.items()) if isinstance(skipped, Mapping) else skipped
-    return f"{items[:3]}"
+    return "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
