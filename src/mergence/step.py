@@ -41,7 +41,7 @@ class BlockStep:
         Gradient checkpointing may call it again when that is over, with the same tokens.
         """
         run = self.program.run
-        if run.disabled:
+        if run.disabled and torch.is_grad_enabled():
             attach_dense(x)
         return run.disabled or (not run.active and attached_dense(x))
 
