@@ -19,6 +19,7 @@ from mergence.devices import convolutions_tried, described, synchronise, warn_of
 from mergence.errors import OptionError
 from mergence.evaluation import DENSE, runs_of
 from mergence.profiling import PARTS, Profile, parts_of
+from mergence.program import require_images_alone
 from mergence.recipe import Recipe, make
 
 MODES: dict[str, str | None] = {
@@ -132,6 +133,7 @@ def bench(
     device = torch.device(device)
     _check(modes, device)
     runs = runs_of(recipes)
+    require_images_alone(model)
     rows: list[Row] = []
     profiles: list[Profile] = []
     for dtype in dtypes:

@@ -18,6 +18,7 @@ from mergence.distances import check_classes, cosine_distance, kl_divergence
 from mergence.errors import DataError, OptionError
 from mergence.macs import count
 from mergence.outputs import answer
+from mergence.program import require_images_alone
 from mergence.recipe import Recipe
 
 DENSE = "dense"
@@ -183,6 +184,7 @@ def evaluate(
         MergenceError: A recipe does not fit the model.
     """
     runs = runs_of(recipes)
+    require_images_alone(model)
     classes = family.find(model).inspect(model).classes
     check_classes(classes)
     kind = _Tally if classes else _Features

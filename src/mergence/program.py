@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -288,6 +289,23 @@ def program_of(model: nn.Module) -> Program:
         )
         raise MergenceError(f"This {type(model).__name__} is not reduced. {hint}")
     return program
+
+
+def require_images_alone(model: nn.Module) -> None:
+    """Refuse a model whose forward takes something else before images, such as text.
+
+    Raises:
+        MergenceError: It does; with images alone it would take them for that.
+    """
+    first, *others = [*inspect.signature(model.forward).parameters, ""]
+    if "pixel_values" not in others:
+        return
+    held = [name for name, part in model.named_modules() if name and surgery.attachment(part)]
+    tower = f"model.{held[0]}, which is reduced with it" if held else "its image tower"
+    raise MergenceError(
+        f"A {surgery.original_class(model).__name__} takes {first} before images, and would be "
+        f"called with images alone here. Give {tower}."
+    )
 
 
 def runs_in(model: nn.Module) -> set[Run]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from mergence import ops, surgery
+from mergence import ops
 from mergence.errors import MergenceError
 from mergence.plan import MergePlan
-from mergence.program import program_of
+from mergence.program import program_of, require_images_alone
 from mergence.state import Carry
 
 
@@ -91,7 +90,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         MergenceError: The model is not reduced, or does not take images alone.
     """
     program = program_of(model)
-    _check_inputs(model)
+    require_images_alone(model)
     observer = program.run.observer = _Observer()
     try:
         output = model(images)
@@ -99,14 +98,3 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         program.run.observer = None
     grid = observer.grid or (1, program.patches)
     return Trace(output, grid, tuple(observer.points), program.method.name)
-
-
-def _check_inputs(model: nn.Module) -> None:
-    first, *others = inspect.signature(model.forward).parameters
-    if "pixel_values" not in others:
-        return
-    held = (name for name, part in model.named_modules() if name and surgery.attachment(part))
-    raise MergenceError(
-        f"A {type(model).__name__} takes {first} before images, and a trace is of images alone. "
-        f"Trace its tower, which is reduced with it: mergence.trace(model.{next(held)}, images)."
-    )

@@ -41,15 +41,24 @@ def test_a_saved_model_loads_as_the_dense_original(
     assert torch.equal(answer(mergence.apply(loaded, macs=0.67)(image)), reduced)
 
 
-def test_a_trace_of_a_model_of_image_and_text_names_the_tower(image: Tensor) -> None:
+def test_a_model_of_image_and_text_is_refused_with_its_tower(image: Tensor, tmp_path: Path) -> None:
     size = {"hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 3}
     config = transformers.CLIPConfig(
         vision_config=size | {"image_size": 96, "patch_size": 16, "intermediate_size": 96},
         text_config=size | {"vocab_size": 64, "intermediate_size": 96},
     )
     model = mergence.apply(transformers.CLIPModel(config).eval(), macs=0.67)
-    with pytest.raises(MergenceError, match=r"CLIPModel takes input_ids.*trace\(model\.vision_mod"):
+    with pytest.raises(MergenceError, match=r"CLIPModel takes input_ids .*Give model\.vision_mod"):
         mergence.trace(model, image)
+    batches, recipes = [image], {"a": mergence.recipe_of(model)}
+    for call in (
+        lambda: mergence.evaluate(model, batches, recipes),
+        lambda: mergence.calibrate(model, batches, budgets=[0.67]),
+        lambda: mergence.bench(model, recipes, input_size=(3, 96, 96)),
+        lambda: mergence.export(model, tmp_path / "m.pt2", image),
+    ):
+        with pytest.raises(MergenceError, match=r"CLIPModel takes input_ids before images.*Give"):
+            call()
     assert len(mergence.trace(model.vision_model, image).points) > 1
 
 

@@ -31,7 +31,7 @@ from mergence.distances import (
 )
 from mergence.errors import DataError, OptionError, ScheduleError
 from mergence.method import Method, build
-from mergence.program import program_of
+from mergence.program import program_of, require_images_alone
 from mergence.recipe import Recipe
 from mergence.schedule import Counts, KeepRate, Macs
 from mergence.setting import multiple_on
@@ -108,6 +108,7 @@ def calibrate(
     back = surgery.bookmark(model)
     try:
         remove(model)
+        require_images_alone(model)
         spec = family.find(model).inspect(model)
         check_classes(spec.classes)
         options = dict(method.tunable) if tune else {}

@@ -14,6 +14,7 @@ from mergence.exporting import agreement, graph
 from mergence.exporting.agreement import Agreement
 from mergence.exporting.formats import FORMATS, Format
 from mergence.files import check_target, staged
+from mergence.program import require_images_alone
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def export(
         raise OptionError(
             "The model is in training mode, with dropout and the like. Call model.eval() first."
         )
+    require_images_alone(model)
     if images.ndim not in (4, 5) or len(images) < 2:
         raise OptionError(
             f"The images have the shape {list(images.shape)}; give [B, C, H, W], or "
