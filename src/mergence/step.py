@@ -38,12 +38,14 @@ class BlockStep:
     def disabled(self, x: Tensor) -> bool:
         """Whether the block runs as the library's own: in `mergence.disabled`.
 
-        Gradient checkpointing may call it again when that is over, with the same tokens.
+        Gradient checkpointing may call it again when that is over, with the same tokens, in the
+        middle of a backward.
         """
         run = self.program.run
-        if run.disabled and torch.is_grad_enabled():
+        if run.disabled:
             attach_dense(x)
-        return run.disabled or (not run.active and attached_dense(x))
+            return True
+        return not run.active and attached_dense(x) and torch._C._current_graph_task_id() != -1
 
     def enter(self, x: Tensor) -> Carry:
         """What is known about the tokens that enter the block.
