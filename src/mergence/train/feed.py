@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mergence.data import Batch, ImageData, Sample, Skipped, collate
 from mergence.train.seeding import seed_at, seeded
-from mergence.train.signals import end, outlive_first
+from mergence.train.signals import Readers, outlive_first
 
 Key = tuple[int, int]
 """Epoch and index of an image: how it is augmented depends on both."""
@@ -49,7 +48,7 @@ class _Keys:
 
 
 @dataclass(frozen=True)
-class Feed:
+class Feed(Readers):
     """A collection in steps of one global batch, of which each process takes its part.
 
     The order of an epoch depends on the seed and the epoch only. The images of a step are dealt out
@@ -89,15 +88,6 @@ class Feed:
         self._readers[:] = [batches]
         for step in range(start, self.steps):
             yield [next(batches) for _ in self._pieces(order, step)]
-
-    def close(self) -> None:
-        """End the processes that read images; there is no epoch after this."""
-        for readers in self._readers:
-            end(readers)
-
-    @cached_property
-    def _readers(self) -> list[Any]:
-        return []
 
     @cached_property
     def _keys(self) -> _Keys:

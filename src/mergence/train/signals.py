@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from functools import cached_property
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -56,11 +57,20 @@ def outlive_first(worker: int) -> None:
         signal.signal(number, note)
 
 
-def end(readers: Any) -> None:
-    """End the processes behind an iterator of a DataLoader.
+class Readers:
+    """Mixed into a feed: ends the processes that read for it.
 
     At its exit Python sends them one signal, which they outlive, and waits for them for ever. It is
     reached with them alive where an error leaves a run, whose traceback holds the iterator.
     """
-    if hasattr(readers, "_shutdown_workers"):  # torch has no public way; Lightning calls this, too
-        readers._shutdown_workers()
+
+    @cached_property
+    def _readers(self) -> list[Any]:
+        """The iterator of a DataLoader that is read from now."""
+        return []
+
+    def close(self) -> None:
+        """End the processes that read images; there is no epoch after this."""
+        for one in self._readers:
+            if hasattr(one, "_shutdown_workers"):  # torch has no public way; Lightning's is this
+                one._shutdown_workers()

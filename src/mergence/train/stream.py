@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from mergence.sources import decode
 from mergence.train.feed import Seat
 from mergence.train.seeding import seed_at, seeded
 from mergence.train.shards import Encoded, Shards, open_shards
-from mergence.train.signals import end, outlive_first
+from mergence.train.signals import Readers, outlive_first
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -175,7 +174,7 @@ class _Reader(IterableDataset[Batch | DataError]):
 
 
 @dataclass(frozen=True)
-class StreamFeed:
+class StreamFeed(Readers):
     """A stream in steps; see `mergence.train.feed.Feed` for what every process can rely on.
 
     Shards need not be of one size: a process that has read all of its own goes on with empty
@@ -231,15 +230,6 @@ class StreamFeed:
             step += 1
             if step > start:
                 yield pieces
-
-    def close(self) -> None:
-        """End the processes that read images; there is no epoch after this."""
-        for readers in self._readers:
-            end(readers)
-
-    @cached_property
-    def _readers(self) -> list[Iterator[Batch | DataError]]:
-        return []
 
 
 def _checked(batch: Batch | DataError) -> Batch:
