@@ -123,6 +123,26 @@ def test_a_map_that_does_not_fit_is_refused(
         mergence.restore(torch.zeros(tokens), source)
 
 
+def test_prefix_tokens_in_front_of_those_of_a_map_are_refused() -> None:
+    model: Any = mergence.apply(family.registry()["timm"].tiny()["deit_distilled"](), macs=0.6)
+    image = torch.randn(1, 3, 96, 96)
+    source = mergence.trace(model, image).points[-1].source
+    features = model.forward_features(image)
+    assert mergence.restore(features[:, 2:], source).shape == (1, 36, 48)
+    with pytest.raises(ReducedOutputError, match="2 are prefix tokens"):
+        mergence.restore(features, source)
+
+
+def test_features_made_without_gradients_train_nothing() -> None:
+    model: Any = mergence.apply(family.registry()["timm"].tiny()["vit"](), keep_rate=0.6)
+    image = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        frozen = model.forward_features(image)
+    assert not mergence.restore(frozen).requires_grad
+    mergence.restore(model.forward_features(image)).sum().backward()
+    assert model.norm.weight.grad is not None
+
+
 @torch.no_grad()
 def test_files_of_features_hold_features_alone_and_copies_remember() -> None:
     model: Any = mergence.apply(family.registry()["timm"].tiny()["vit"](), keep_rate=0.6)

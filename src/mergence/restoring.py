@@ -35,7 +35,7 @@ def restore(tokens: Tensor, source_map: Tensor | None = None) -> Tensor:
     Args:
         tokens: `[B, slots, C]` patch tokens after a reduction. Without `source_map`, the very
             tensor that `forward_features` of a reduced model returned: `[B, P + slots, C]`, which
-            remembers what was merged.
+            remembers what was merged. What was written into it since is not seen.
         source_map: `[B, patches]` integers, the slot of each patch, -1 where it was dropped. Of
             such tokens nothing else is known: patches of a token share its value, and those that
             were dropped get zeros.
@@ -57,7 +57,9 @@ def restore(tokens: Tensor, source_map: Tensor | None = None) -> Tensor:
             "Pass the very tensor that forward_features of a reduced model returned, outside of "
             "compiled code, or a source map: mergence.restore(tokens, source_map)."
         )
-    return restored(tokens, carry, prefix=tokens.shape[1] - carry.tokens)
+    # A norm of the model follows; features made without gradients are not to train it.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and tokens.requires_grad):
+        return restored(tokens, carry, prefix=tokens.shape[1] - carry.tokens)
 
 
 def restored(
@@ -107,9 +109,16 @@ def _check(tokens: Tensor, source: Tensor) -> None:
             f"({source.dtype}) do not belong together. Give tokens [B, slots, C] and integers "
             "[B, patches]."
         )
+    remedy = "Give the patch tokens of the block that the map is of, without prefix tokens."
+    carry = attached(tokens)
+    if carry is not None and carry.tokens != tokens.shape[1]:
+        raise ReducedOutputError(
+            f"Of these {tokens.shape[1]} tokens {tokens.shape[1] - carry.tokens} are prefix "
+            f"tokens, of which a source map knows nothing. {remedy}"
+        )
     # Reading values would break a graph in two; there, gather itself complains.
     if not torch.compiler.is_compiling() and source.numel() and source.max() >= tokens.shape[1]:
         raise ReducedOutputError(
             f"The source map names slot {int(source.max())}, and there are {tokens.shape[1]} "
-            "tokens. Give the patch tokens of the block that the map is of, without prefix tokens."
+            f"tokens. {remedy}"
         )

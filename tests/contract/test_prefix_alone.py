@@ -45,6 +45,25 @@ def test_the_answer_is_that_of_all_tokens(
     torch.testing.assert_close(alone, watched, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_hook_in_the_last_block_gets_its_patches(
+    dense: nn.Module, image: Tensor, output: Any, spec: Any, backward: bool
+) -> None:
+    found = spec(dense)
+    if not found.cost.prefix_alone:
+        pytest.skip("every patch is read anyway")
+    mergence.apply(dense, schedule=SCHEDULE)
+    seen: list[Tensor] = []
+    if backward:
+        found.blocks[-1].register_full_backward_hook(lambda module, x, y: seen.append(y[0]))
+        answer(dense(image)).sum().backward()
+    else:
+        *_, last = (m for m in found.blocks[-1].modules() if isinstance(m, nn.Linear))
+        last.register_forward_hook(lambda module, x, y: seen.append(y))
+        output(dense, image)
+    assert seen[0].shape[1] == found.cost.prefix + 9
+
+
 def test_a_trace_shows_the_reduction_of_the_last_block(dense: nn.Module, image: Tensor) -> None:
     mergence.apply(dense, schedule=SCHEDULE)
     assert [point.block for point in mergence.trace(dense, image).points] == [2, 4, 6]
@@ -81,6 +100,18 @@ def test_a_pooling_that_was_reset_gets_its_patches(vit: nn.Module) -> None:
         pooled = vit.forward_head(vit.forward_features(image))
         torch.testing.assert_close(vit(image), pooled)
     assert torch.isfinite(pooled).all()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_a_head_of_the_model_itself_gets_its_patches(vit: Any, late: bool) -> None:
+    if late:
+        mergence.apply(vit, schedule=SCHEDULE)
+    vit.forward_head = lambda x, pre_logits=False: x[:, 1:].mean(dim=1)
+    if not late:
+        mergence.apply(vit, schedule=SCHEDULE)
+    assert late or not mergence.describe(vit).prefix_alone
+    with torch.no_grad():
+        assert torch.isfinite(vit(torch.randn(1, 3, 96, 96))).all()
 
 
 def test_a_subclass_gets_its_patches(vit: nn.Module) -> None:

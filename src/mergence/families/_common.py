@@ -22,6 +22,9 @@ _MASKED = (
 )
 
 
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
 def reduced_forward(
     block: Any,
     x: Tensor,
@@ -126,14 +129,14 @@ def same_library(model: nn.Module, block: nn.Module) -> bool:
 
 
 def unwatched(blocks: Any, *after: nn.Module) -> bool:
-    """Whether no hook reads the tokens of a model's last block.
+    """Whether no hook reads the tokens of a model's last block, in it or behind it.
 
     Args:
         blocks: The blocks, in their container.
         *after: What the tokens pass then, before the head.
     """
-    readers = [m._forward_hooks for m in (blocks[-1], blocks, *after)]
-    return not any([*readers, *(m._forward_pre_hooks for m in after)])
+    readers = (blocks, *blocks[-1].modules(), *after)
+    return not any(getattr(module, hooks) for module in readers for hooks in _HOOKS)
 
 
 def linear_macs(module: Any) -> int:

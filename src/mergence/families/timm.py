@@ -374,7 +374,9 @@ class Timm(Family):
 
 def _reads_prefix_alone(model: Any) -> bool:
     pooled = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
-    return pooled and model.num_prefix_tokens > 0
+    # Somebody may have covered what reads the tokens on the model itself.
+    own = {"forward_features", "pool", "forward_head"}.isdisjoint(vars(model))
+    return pooled and own and model.num_prefix_tokens > 0
 
 
 def _head_cost(model: Any) -> dict[str, Any]:
