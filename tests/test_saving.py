@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import mergence
 from mergence import family
@@ -255,3 +256,12 @@ def test_transformers_models_keep_their_own_layout(tmp_path: Path) -> None:
     assert torch.equal(mergence.load(tmp_path / "new")(image).logits, model(image).logits)
     plain = transformers.ViTForImageClassification.from_pretrained(tmp_path / "new").eval()
     assert torch.equal(plain(image).logits, dense)
+    weights = load_file(tmp_path / "new" / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, tmp_path / "new" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no weights for 1 .*classifier\.weight"):
+        mergence.load(tmp_path / "new")
+    parametrizations.weight_norm(model.vit.layers[1].mlp.fc1)
+    with pytest.raises(UnsupportedModelError, match=r"original0 is \[48, 1\] in it"):
+        mergence.save(model, tmp_path / "other")
+    assert files(tmp_path) == ["new"]

@@ -39,7 +39,8 @@ def apply(
 
     The object, its `forward`, its parameters and its `state_dict` keys stay the same; only a method
     that learns something adds keys, below the name `mergence` in one block. Applying again replaces
-    what was applied before. Everything is checked before anything is changed.
+    what was applied before. Everything is checked before anything is changed. No forward may be
+    under way in another thread.
 
     Example:
         >>> mergence.apply(model, macs=0.67)
@@ -142,6 +143,8 @@ def applied(
 ) -> Iterator[ModelT]:
     """Reduce a model for the length of a `with` block, then go back to what was applied before.
 
+    Like `apply` it changes the model, for all threads: no forward may be under way in another one.
+
     Args:
         model: See `apply`.
         method: See `apply`.
@@ -209,9 +212,15 @@ def describe(model: nn.Module) -> Description:
 def _check_unchanged(model: nn.Module, program: Program) -> None:
     with suppress(UnsupportedModelError):  # wrapped since, as by fully_shard
         spec = families.find(model).inspect(model)
+        read = "the class token alone", "patch tokens"
         for now, then, what in (
             (spec.patches, program.patches, "patches"),
             (len(spec.blocks), program.depth, "blocks"),
+            (
+                read[not spec.cost.prefix_alone],
+                read[not program.cost.prefix_alone],
+                "for its head to read",
+            ),
         ):
             if now != then:
                 raise MergenceError(

@@ -25,6 +25,7 @@ from mergence.errors import (
 from mergence.family import registry
 from mergence.files import staged
 from mergence.models import load_model
+from mergence.models._weights import require_weights
 from mergence.recipe import Recipe
 
 RECIPE = "mergence.json"
@@ -156,26 +157,40 @@ def _check_library(model: nn.Module) -> None:
 
 
 def _save_dense(model: Any, folder: Path) -> None:
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)
-        return
-    import timm
-
+    own = hasattr(model, "save_pretrained")
+    library, what = "transformers" if own else "timm", f"this {type(model).__name__}"
     try:
-        timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+        if own:
+            model.save_pretrained(folder)
+        else:
+            import timm
+
+            timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+        if getattr(model, "hf_quantizer", None) is not None:
+            return  # which writes how to read its weights
         with torch.device("meta"):
-            rebuilt = _shapes(timm.create_model(f"local-dir:{folder}").state_dict())
+            again = type(model)(model.config) if own else timm.create_model(f"local-dir:{folder}")
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(
-            f"timm cannot write a config.json that builds this {type(model).__name__} again: "
-            f"{error} Make the model with timm.create_model, from plain arguments."
+            f"{library} cannot write a folder that builds {what} again: {error} Make the model "
+            "with its library's own functions, from plain arguments, and quantize it after loading."
         ) from error
-    if rebuilt != _shapes(model.state_dict()):
+    if other := _differing(_shapes(model.state_dict()), _shapes(again.state_dict())):
         raise UnsupportedModelError(
-            f"timm builds another model from the config.json it writes for this "
-            f"{type(model).__name__}: the model was changed after timm.create_model, or timm is "
-            "too old to note its arguments (1.0.31 does)."
+            f"{library} builds another model from the config.json that it writes for {what} "
+            f"({other}): it was changed after it was made. Take off what was put on (peft: "
+            "merge_and_unload; torch's pruning and parametrizations: their remove), or save "
+            "model.state_dict() your way. (timm before 1.0.31 does not note a model's arguments.)"
         )
+
+
+def _differing(has: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> str:
+    """The first weight that is not of one shape in both, "" where all are."""
+    for name in {**has, **other}:
+        one, two = has.get(name, "missing"), other.get(name, "missing")
+        if one != two:
+            return f"{name} is {one} in it and {two} in the other"
+    return ""
 
 
 def _load_dense(folder: Path) -> nn.Module:
@@ -204,8 +219,11 @@ def _load_dense(folder: Path) -> nn.Module:
         )
     try:
         # Weights that are pickled are never read.
-        cls = getattr(transformers, name)
-        model: nn.Module = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        model, info = getattr(transformers, name).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"transformers cannot load '{folder}': {error}") from error
-    return model.eval()
+    require_weights(info, str(folder), name)
+    dense: nn.Module = model.eval()
+    return dense

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, update_wrapper
+from inspect import signature
 from types import FunctionType
 from typing import Any
 
@@ -20,6 +21,11 @@ from mergence.errors import MergenceError, UnsupportedModelError
 ATTACHMENT = "_mergence"
 LEARNED = "mergence"
 """The reserved name of a method's learned module, below the block that uses it."""
+
+_UNWRAP = (
+    "accelerate's remove_hook_from_submodules(model) or, after Accelerator.prepare and Trainer, "
+    "accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+)
 
 
 @cache
@@ -60,9 +66,10 @@ def is_covered(module: nn.Module) -> bool:
 def covered_error(what: str) -> UnsupportedModelError:
     """The error for a module whose own forward is not the one that mergence knows."""
     return UnsupportedModelError(
-        f"The forward of {what} was covered on the module itself, as accelerate's hooks do "
-        "(device_map, cpu_offload), and mergence would not call what it does. Apply before that: "
-        "load on one device, mergence.apply, accelerate.dispatch_model."
+        f"The forward of {what} was covered on the module itself, as accelerate's hooks "
+        "(device_map, cpu_offload) and mixed precision do, and mergence would not call what it "
+        "does. Apply before that (load on one device, mergence.apply, accelerate.dispatch_model), "
+        f"or after {_UNWRAP}."
     )
 
 
@@ -90,6 +97,10 @@ def _with_signature_of(forward: FunctionType, base: type) -> FunctionType:
     )
     twin.__kwdefaults__ = forward.__kwdefaults__
     update_wrapper(twin, base.forward)  # type: ignore[attr-defined]
+    # In place of a way back: accelerate follows it when it takes its mixed precision off a model,
+    # and would leave the library's forward on it.
+    del twin.__wrapped__  # type: ignore[attr-defined]
+    twin.__signature__ = signature(base.forward)  # type: ignore[attr-defined]
     return twin
 
 
@@ -170,8 +181,9 @@ def _swapped(model: nn.Module) -> list[nn.Module]:
         if _defines_forward(vars(type(module))["_mergence_mixin"]) and is_covered(module):
             raise MergenceError(
                 f"The forward of {what}, a {type(module).__name__}, was covered after mergence was "
-                "applied, as accelerate's hooks do, and would call what mergence takes away. Undo "
-                "that before; mergence.disabled(model) still runs the dense model."
+                "applied, as accelerate's hooks and mixed precision do, and would call what "
+                f"mergence takes away. Undo that before, by {_UNWRAP}; "
+                "mergence.disabled(model) still runs the dense model."
             )
     return list(found.values())
 

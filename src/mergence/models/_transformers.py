@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergence.errors import CheckpointError, MissingExtraError, UnsupportedModelError
 from mergence.models._loaded import Built, LoadedModel
-from mergence.models._weights import first_line, read_weights
+from mergence.models._weights import first_line, read_weights, require_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,12 +57,7 @@ def named(name: str, checkpoint: Path | None) -> Built:
         model, info = cls.from_pretrained(source, output_loading_info=True, **options)
     except Exception as error:
         raise _unavailable(name, error) from error
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"'{checkpoint or f'hf:{name}'}' holds no weights for {len(missing)} parameters of "
-            f"{cls.__name__} ({missing[0]}, ...), which would stay random. Use a checkpoint that "
-            "was saved from this class."
-        )
+    require_weights(info, str(checkpoint or f"hf:{name}"), cls.__name__)
     # Those of BLIP do not say it.
     config = getattr(model.config, "backbone_config", None) or model.config
     channels = getattr(config, "num_channels", 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,24 @@ def _read(file: Path) -> dict[str, Any]:
     state: dict[str, Any] = next((content[key] for key in _HOLDERS if key in content), content)
     # What DistributedDataParallel and torch.compile put in front.
     return {key.removeprefix("module.").removeprefix("_orig_mod."): v for key, v in state.items()}
+
+
+def require_weights(info: Mapping[str, Any], place: str, kind: str) -> None:
+    """Refuse a model of transformers of which a part was not in its file.
+
+    Args:
+        info: What `from_pretrained` says of the loading.
+        place: Where the weights came from.
+        kind: The model's class.
+
+    Raises:
+        CheckpointError: Something is missing.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"'{place}' holds no weights for {len(missing)} parameters of {kind} ({missing[0]}, "
+            "...), which would stay random. Use a checkpoint that was saved from this class."
+        )
 
 
 def _few(names: list[str]) -> str:
