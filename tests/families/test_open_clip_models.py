@@ -126,7 +126,10 @@ def test_intermediates_have_a_value_for_every_patch(
     [
         ({"layers": [1, 1, 1, 1], "width": 8}, r"image tower.*ModifiedResNet.*Known: open_clip"),
         ({"timm_model_name": "test_convnext", "timm_proj": "linear"}, r"ConvNeXt.*Known:"),
-        ({"layers": 2, "width": 48, "head_width": 16, "qk_norm": True}, r"Block 1 is a.*Custom"),
+        (
+            {"layers": 2, "width": 48, "head_width": 16, "qk_norm": True},
+            r"Block 1 of .*is a.*Custom",
+        ),
         ({"layers": 2, "width": 48, "head_width": 16, "patch_dropout": 0.5}, "patch_dropout"),
     ],
 )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.family import qualified_names
+from mergence.macs import BlockCost
 from mergence.state import Carry
 from mergence.step import BlockStep
 from mergence.surgery import LEARNED, covered_error, is_covered, original_class
@@ -23,6 +24,10 @@ _MASKED = (
 
 
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
+class ReducedContainer:
+    """Mixed into models around a tower whose own forward need not know of it."""
 
 
 def reduced_forward(
@@ -120,6 +125,55 @@ def require_class(
         )
     if is_covered(module):
         raise covered_error(f"{what}, a {found},")
+
+
+def require_blocks(
+    tower: nn.Module,
+    blocks: Sequence[Any],
+    block: str,
+    attention: tuple[str, str],
+    supported: str,
+    first: int = 1,
+) -> None:
+    """Check that the blocks of a tower are those whose forward is restated.
+
+    Args:
+        tower: The tower.
+        blocks: Its blocks.
+        block: The class that they are to be.
+        attention: The name of their attention, and the class that it is to be.
+        supported: What is covered.
+        first: The number of the first of them.
+
+    Raises:
+        UnsupportedModelError: One is another.
+    """
+    name, cls = attention
+    for index, one in enumerate(blocks, start=first):
+        where = f"{index} of this {type(tower).__name__}"
+        require_class(one, block, f"Block {where}", supported)
+        attn = getattr(one, name, one)
+        require_class(attn, cls, f"The attention of block {where}", supported)
+
+
+def block_costs(
+    blocks: Sequence[nn.Module], attention: str, mlp: Sequence[str], width: int
+) -> tuple[BlockCost, ...]:
+    """What blocks cost, from the names of their attention and of the parts of their MLP."""
+    return tuple(
+        BlockCost(
+            attention=linear_macs(getattr(block, attention)),
+            mlp=sum(linear_macs(getattr(block, name)) for name in mlp),
+            width=width,
+        )
+        for block in blocks
+    )
+
+
+def pooling_costs(pool: nn.Module, width: int) -> tuple[int, int]:
+    """What an attention pooling with one query costs: whatever the tokens, and for each."""
+    projections = 2 * width**2  # the keys and values
+    return linear_macs(pool) - projections, projections + 2 * width
 
 
 def same_library(model: nn.Module, block: nn.Module) -> bool:

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from mergence import ops
 
+MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
+
 
 def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`nn.MultiheadAttention` of `x` with itself, restated because it does not give out q and k.

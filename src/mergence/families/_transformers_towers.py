@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mergence.errors import ReducedOutputError
+from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.families._common import refuse_mask, refuse_padding, unwatched
 from mergence.families._transformers import TOWERS, entry
 from mergence.families._transformers_releases import path_of_blocks
+from mergence.family import qualified_names
 from mergence.program import Program
 from mergence.restoring import restored
 from mergence.state import Carry, Head, Run, attach
 
 _ADDITIVE = ("sdpa", "eager")
+
+
+def tower_in(model: nn.Module, towers: Container[str], supported: str) -> Any:
+    """The tower that a model is or has.
+
+    Raises:
+        UnsupportedModelError: It has none of these classes.
+    """
+    for module in model.modules():
+        if any(name in towers for name in qualified_names(type(module))):
+            return module
+    raise UnsupportedModelError(
+        f"This {type(model).__name__} has none of the towers that are known in it. Known: "
+        f"{supported}."
+    )
 
 
 class ReducedTower:
@@ -186,10 +202,6 @@ def _pooled(head: Any, x: Tensor, bias: Tensor) -> Any:
     )
     pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None])
     return head.output_proj(pooled.transpose(1, 2).reshape(batch, width))
-
-
-class ReducedContainer:
-    """Mixed into models around a tower whose heads read the class token or what it pooled."""
 
 
 class ReducedClassifier:

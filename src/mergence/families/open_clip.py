@@ -18,24 +18,27 @@ from mergence import family as families
 from mergence.errors import UnsupportedModelError
 from mergence.families._coarse import CoarseStem, CoarseTokens, can_read_coarsely
 from mergence.families._common import (
+    ReducedContainer,
+    block_costs,
     linear_macs,
     mean_by_size,
     randomised,
     reduced_forward,
     refuse_mask,
-    require_class,
+    require_blocks,
     same_library,
     unwatched,
 )
-from mergence.families._multihead import attention, scale_of
+from mergence.families._multihead import MULTIHEAD, attention, scale_of
 from mergence.family import Family, ModelSpec, qualified_names
-from mergence.macs import BlockCost, ModelCost
+from mergence.macs import ModelCost
 from mergence.program import Program
 from mergence.restoring import as_it_is, restored
 from mergence.state import Run
 from mergence.step import BlockStep
 
 _TRANSFORMER = "open_clip.transformer."
+_BLOCK = _TRANSFORMER + "ResidualAttentionBlock"
 _TOWER = _TRANSFORMER + "VisionTransformer"
 _TIMM_TOWER = "open_clip.timm_model.TimmModel"
 _BOTH = ("open_clip.model.CLIP", "open_clip.model.CustomTextCLIP")
@@ -147,10 +150,6 @@ class ReducedPool:
         return pooled
 
 
-class ReducedContainer:
-    """Mixed into models around a tower."""
-
-
 def _run(tower: Any, image: Tensor, *, every_patch: bool = False) -> AbstractContextManager[Run]:
     height, width = tower.patch_size
     program: Program = tower._mergence
@@ -204,16 +203,7 @@ class OpenClip(Family):
 
     def _inspect_tower(self, tower: Any) -> ModelSpec:
         blocks = tuple(tower.transformer.resblocks)
-        for index, block in enumerate(blocks, start=1):
-            require_class(
-                block, _TRANSFORMER + "ResidualAttentionBlock", f"Block {index}", self.supported
-            )
-            require_class(
-                block.attn,
-                "torch.nn.modules.activation.MultiheadAttention",
-                f"The attention of block {index}",
-                self.supported,
-            )
+        require_blocks(tower, blocks, _BLOCK, ("attn", MULTIHEAD), self.supported)
         if getattr(tower, "attn_pool_contrastive", None) is not None:
             raise UnsupportedModelError(
                 "The tower pools twice (attentional_pool='parallel' or 'cascade'), which open_clip "
@@ -241,14 +231,7 @@ class OpenClip(Family):
             blocks=blocks,
             patches=tower.grid_size[0] * tower.grid_size[1],
             cost=ModelCost(
-                blocks=tuple(
-                    BlockCost(
-                        attention=linear_macs(block.attn),
-                        mlp=linear_macs(block.mlp),
-                        width=width,
-                    )
-                    for block in blocks
-                ),
+                blocks=block_costs(blocks, "attn", ("mlp",), width),
                 prefix=1,
                 dim=width,
                 head_dim=blocks[0].attn.head_dim,

@@ -19,6 +19,7 @@ from mergence.families._coarse import CoarseStem, can_read_coarsely
 from mergence.families._common import (
     linear_macs,
     mean_by_size,
+    pooling_costs,
     randomised,
     reduced_forward,
     refuse_mask,
@@ -306,6 +307,7 @@ class Timm(Family):
         coarse = issubclass(self.model_mixin, ReducedViT) and can_read_coarsely(
             embed.proj, embed.grid_size
         )
+        head, per_token = _head_costs(model)
         cost = ModelCost(
             blocks=tuple(
                 BlockCost(
@@ -319,7 +321,8 @@ class Timm(Family):
             dim=model.embed_dim,
             head_dim=blocks[0].attn.proj.in_features // blocks[0].attn.num_heads,
             stem=embed.proj.weight.numel(),
-            **_head_cost(model),
+            head=head,
+            head_per_token=per_token,
             placed=self._looks_at_places(model),
             prefix_alone=same_library(model, blocks[0]) and _reads_prefix_alone(model),
         )
@@ -379,16 +382,14 @@ def _reads_prefix_alone(model: Any) -> bool:
     return pooled and own and model.num_prefix_tokens > 0
 
 
-def _head_cost(model: Any) -> dict[str, Any]:
-    heads = [model.head] + ([model.head_dist] if hasattr(model, "head_dist") else [])
-    head = sum(linear_macs(h) for h in heads)
-    if getattr(model, "attn_pool", None) is None:
-        return {"head": head}
-    per_token = linear_macs(model.attn_pool.kv) + 2 * model.embed_dim
-    return {
-        "head": head + linear_macs(model.attn_pool) - linear_macs(model.attn_pool.kv),
-        "head_per_token": per_token,
-    }
+def _head_costs(model: Any) -> tuple[int, int]:
+    """What the head costs: whatever the tokens, and for each."""
+    heads = [getattr(model, name) for name in ("head", "head_dist") if hasattr(model, name)]
+    once, pool = sum(map(linear_macs, heads)), getattr(model, "attn_pool", None)
+    if pool is None:
+        return once, 0
+    pooling, per_token = pooling_costs(pool, model.embed_dim)
+    return once + pooling, per_token
 
 
 FAMILY = Timm()

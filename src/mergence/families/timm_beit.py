@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mergence.families._common import linear_macs, mean_by_size, reduced_forward
 from mergence.families.timm import ReducedTrunk, Timm, sizes_to_pool
-from mergence.families.timm_eva import packed_qkv
+from mergence.families.timm_eva import packed_qkv, second_half
 from mergence.state import Carry
 from mergence.step import BlockStep
 
@@ -74,14 +74,6 @@ def first_half(
     given = [each for each in (own, shared) if each is not None]
     pairs = sum(given[1:], given[0]) if given else None
     return x + block.drop_path1(y), q, k, pairs
-
-
-def second_half(block: Any, x: Tensor) -> Tensor:
-    """BEiT's `Block.forward` from there on."""
-    y = block.mlp(block.norm2(x))
-    y = y if block.gamma_2 is None else block.gamma_2 * y
-    z: Tensor = x + block.drop_path2(y)
-    return z
 
 
 def placed(pairs: Tensor, known: Carry) -> Tensor:

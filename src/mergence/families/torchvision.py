@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from mergence.families._coarse import CoarseStem, CoarseTokens, can_read_coarsely
 from mergence.families._common import (
+    block_costs,
     linear_macs,
     randomised,
     reduced_forward,
-    require_class,
+    require_blocks,
     same_library,
     unwatched,
 )
-from mergence.families._multihead import attention, scale_of
+from mergence.families._multihead import MULTIHEAD, attention, scale_of
 from mergence.family import Family, ModelSpec
-from mergence.macs import BlockCost, ModelCost
+from mergence.macs import ModelCost
 from mergence.program import Program
 from mergence.step import BlockStep
 
@@ -87,14 +88,8 @@ class Torchvision(Family):
     def inspect(self, model: Any) -> ModelSpec:
         """Read a model of torchvision; see `Family.inspect`."""
         blocks = tuple(model.encoder.layers)
-        for index, block in enumerate(blocks, start=1):
-            require_class(block, _VIT + "EncoderBlock", f"Block {index}", self.supported)
-            require_class(
-                block.self_attention,
-                "torch.nn.modules.activation.MultiheadAttention",
-                f"The attention of block {index}",
-                self.supported,
-            )
+        parts_of = "self_attention", MULTIHEAD
+        require_blocks(model, blocks, _VIT + "EncoderBlock", parts_of, self.supported)
         side = model.image_size // model.patch_size
         heads = [m for m in model.heads.modules() if isinstance(m, nn.Linear)]
         parts: list[tuple[nn.Module, type]] = [(model, ReducedModel)]
@@ -105,14 +100,7 @@ class Torchvision(Family):
             blocks=blocks,
             patches=model.seq_length - 1,
             cost=ModelCost(
-                blocks=tuple(
-                    BlockCost(
-                        attention=linear_macs(block.self_attention),
-                        mlp=linear_macs(block.mlp),
-                        width=model.hidden_dim,
-                    )
-                    for block in blocks
-                ),
+                blocks=block_costs(blocks, "self_attention", ("mlp",), model.hidden_dim),
                 prefix=1,
                 dim=model.hidden_dim,
                 head_dim=blocks[0].self_attention.head_dim,

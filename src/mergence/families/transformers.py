@@ -15,7 +15,14 @@ from torch import nn
 
 from mergence.errors import UnsupportedModelError
 from mergence.families._coarse import CoarseStem, can_read_coarsely
-from mergence.families._common import linear_macs, same_library
+from mergence.families._common import (
+    ReducedContainer,
+    block_costs,
+    linear_macs,
+    pooling_costs,
+    require_blocks,
+    same_library,
+)
 from mergence.families._transformers import (
     CONTAINERS,
     REFUSED,
@@ -25,13 +32,11 @@ from mergence.families._transformers import (
     entry,
 )
 from mergence.families._transformers_blocks import BLOCK_MIXINS
-from mergence.families._transformers_reading import block_costs, pooling_costs, require_blocks
 from mergence.families._transformers_releases import as_built, require_release
 from mergence.families._transformers_tiny import tiny_models
 from mergence.families._transformers_towers import (
     AveragingClassifier,
     ReducedClassifier,
-    ReducedContainer,
     ReducedEmbeddings,
     ReducedFullTower,
     ReducedHead,

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from mergence.errors import UnsupportedModelError
-from mergence.families._common import linear_macs
+from mergence.families._common import ReducedContainer, linear_macs, require_blocks
 from mergence.families._transformers import entry, full_name
 from mergence.families._transformers_packed import (
     ReducedBareTower,
@@ -28,14 +28,10 @@ from mergence.families._transformers_packed import (
     ReducedStem,
     window,
 )
-from mergence.families._transformers_reading import require_blocks, tower_in
-from mergence.families._transformers_releases import require_release
-from mergence.families._transformers_towers import ReducedContainer, require_additive
+from mergence.families._transformers_towers import require_additive, tower_in
 from mergence.family import Family, ModelSpec
 from mergence.macs import BlockCost, ModelCost
 
-OLDEST = "5.6"
-"""The first release of which these towers were tried."""
 PATCHES = 32 * 32
 """Patches of an image, where the configuration names no size: 448 x 448 pixels."""
 
@@ -142,13 +138,12 @@ class TransformersPacked(Family):
         )
         for cls in classes
     }
-    oldest: ClassVar[str] = "4.57"
+    oldest: ClassVar[str] = "5.6"
 
     def inspect(self, model: Any) -> ModelSpec:
         """Read a model of transformers; see `Family.inspect`."""
         tower = tower_in(model, TOWERS, self.supported)
         kind: Any = entry(TOWERS, tower)
-        require_release(tower, OLDEST)
         require_additive(tower.config, UnsupportedModelError)
         block = full_name(kind.architecture, kind.block)
         attention = "attn", full_name(kind.architecture, kind.attention)

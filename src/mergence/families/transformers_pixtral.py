@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mergence.errors import ReducedOutputError, UnsupportedModelError
+from mergence.families._common import ReducedContainer, block_costs, require_blocks
 from mergence.families._transformers import Layout, full_name
 from mergence.families._transformers_blocks import first_half, second_half
 from mergence.families._transformers_packed import (
@@ -23,22 +24,17 @@ from mergence.families._transformers_packed import (
     SecondHalf,
     joined,
 )
-from mergence.families._transformers_reading import block_costs, require_blocks, tower_in
-from mergence.families._transformers_releases import require_release
 from mergence.families._transformers_towers import (
-    ReducedContainer,
     each_tensor,
     refuse_attentions,
     require_additive,
+    tower_in,
 )
 from mergence.family import Family, ModelSpec
 from mergence.macs import ModelCost
 from mergence.program import Program
 from mergence.restoring import restored
 from mergence.state import Carry
-
-OLDEST = "5.6"
-"""The first release of which it was tried."""
 
 _LAYOUT = Layout("attention", ("attention_norm", "ffn_norm"), ((), ()), mlp=("feed_forward",))
 _TOWER = full_name("pixtral", "PixtralVisionModel")
@@ -147,11 +143,10 @@ class TransformersPixtral(Family):
         "transformers' Pixtral tower, alone and in Mistral 3 (Mistral Small, Ministral), "
         "Mistral Large 4 and LightOnOCR"
     )
-    oldest: ClassVar[str] = "4.57"
+    oldest: ClassVar[str] = "5.6"
 
     def inspect(self, model: Any) -> ModelSpec:
         """Read a model of transformers; see `Family.inspect`."""
-        require_release(model, OLDEST)
         tower = tower_in(model, {_TOWER}, self.supported)
         require_additive(tower.config, UnsupportedModelError)
         blocks = tuple(tower.transformer.layers)

@@ -18,32 +18,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergence.errors import ReducedOutputError, UnsupportedModelError
-from mergence.families._common import linear_macs
+from mergence.families._common import (
+    ReducedContainer,
+    block_costs,
+    linear_macs,
+    pooling_costs,
+    require_blocks,
+)
 from mergence.families._transformers import CLIP, full_name
 from mergence.families._transformers_blocks import BLOCK_MIXINS
 from mergence.families._transformers_packed import joined
-from mergence.families._transformers_reading import (
-    block_costs,
-    pooling_costs,
-    require_blocks,
-    tower_in,
-)
-from mergence.families._transformers_releases import require_release
 from mergence.families._transformers_towers import (
-    ReducedContainer,
     ReducedHead,
     each_tensor,
     refuse_attentions,
     require_additive,
+    tower_in,
 )
 from mergence.family import Family, ModelSpec
 from mergence.macs import ModelCost
 from mergence.program import Program
 from mergence.restoring import restored
 from mergence.state import Carry
-
-OLDEST = "5.6"
-"""The first release of which it was tried."""
 
 _TOWER = full_name("siglip2", "Siglip2VisionModel")
 _AROUND = tuple(
@@ -135,11 +131,10 @@ class TransformersSiglip2(Family):
     name: ClassVar[str] = "transformers_siglip2"
     models: ClassVar[tuple[str, ...]] = (_TOWER, *_AROUND)
     supported: ClassVar[str] = "transformers' SigLIP 2 NaFlex, alone and in LFM2-VL"
-    oldest: ClassVar[str] = "4.57"
+    oldest: ClassVar[str] = "5.6"
 
     def inspect(self, model: Any) -> ModelSpec:
         """Read a model of transformers; see `Family.inspect`."""
-        require_release(model, OLDEST)
         tower = tower_in(model, {_TOWER}, self.supported)
         require_additive(tower.config, UnsupportedModelError)
         blocks = tuple(tower.encoder.layers)

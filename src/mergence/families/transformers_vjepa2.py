@@ -17,17 +17,18 @@ from torch.nn import functional as F
 
 from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.families._common import (
+    block_costs,
     linear_macs,
+    pooling_costs,
     randomised,
     reduced_forward,
     refuse_mask,
+    require_blocks,
 )
 from mergence.families._transformers import CLIP, full_name
 from mergence.families._transformers_blocks import attend, scale_of
 from mergence.families._transformers_blocks import first_half as pooling_half
 from mergence.families._transformers_blocks import second_half as second_pooling_half
-from mergence.families._transformers_reading import block_costs, pooling_costs, require_blocks
-from mergence.families._transformers_releases import require_release
 from mergence.families._transformers_towers import (
     grid_of,
     refuse_attentions,
@@ -39,9 +40,6 @@ from mergence.macs import ModelCost
 from mergence.program import Program
 from mergence.state import Carry, attach, attached
 from mergence.step import BlockStep
-
-OLDEST = "5.6"
-"""The first release of which it was tried."""
 
 _named = partial(full_name, "vjepa2")
 
@@ -188,11 +186,10 @@ class TransformersVJEPA2(Family):
         _named("VJEPA2ForVideoClassification"),
     )
     supported: ClassVar[str] = "transformers' V-JEPA 2, alone and with a classifier"
-    oldest: ClassVar[str] = "4.57"
+    oldest: ClassVar[str] = "5.6"
 
     def inspect(self, model: Any) -> ModelSpec:
         """Read a model of transformers; see `Family.inspect`."""
-        require_release(model, OLDEST)
         require_additive(model.config, UnsupportedModelError)
         pooler = getattr(model, "pooler", None)
         tower = model if pooler is None else model.vjepa2
