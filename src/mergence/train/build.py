@@ -25,6 +25,7 @@ from mergence.train.feed import Feed, Seat
 from mergence.train.shards import is_stream
 from mergence.train.stream import StreamData, StreamFeed, open_stream
 from mergence.train.targets import classes_of
+from mergence.train.validation import DENSE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,15 +54,24 @@ def recipes_of(config: Config) -> dict[str, Recipe]:
     """The reductions of a run by name: the first one is what the model is trained for.
 
     Raises:
-        OptionError: The options contradict each other.
+        OptionError: The options contradict each other, or a file's name stands for something else.
     """
     if config.recipe:
-        if config.macs or config.keep_rate is not None or config.set:
+        unset = (Config.method, None, (), {})
+        names = ("method", "macs", "keep_rate", "set")
+        if told := [name for name in names if getattr(config, name) not in unset]:
             raise OptionError(
-                "A recipe already says how much to reduce and how. Leave out macs, keep_rate and "
-                "set, or leave out recipe."
+                "A recipe already says how much to reduce and how. Leave out "
+                f"{' and '.join(told)}, or leave out recipe."
             )
         recipes = {Path(file).stem: make(Path(file)) for file in config.recipe}
+        # Validation has a path of that name, and these files stand beside the trained model's own.
+        taken = {DENSE, *(set(list(recipes)[1:]) & {Path(saving.RECIPE).stem, "config"})}
+        if clash := [name for name in recipes if name in taken]:
+            raise OptionError(
+                f"A recipe file is called '{clash[0]}', which is something else in a run and in the "
+                "folder of its model. Rename the file."
+            )
         given = len(config.recipe)
     else:
         shares: tuple[float | None, ...] = config.macs or (None,)

@@ -35,10 +35,21 @@ def teacher_of(
         The teacher, or None where the labels or the model's own dense path teach.
 
     Raises:
-        OptionError: The teacher would know nothing, or nothing about these images or classes.
+        OptionError: The teacher would not be asked, would know nothing, or nothing about these
+            images or classes.
         MergenceError: It cannot be loaded.
     """
+    if config.temperature != 1 and not config.distill:
+        raise OptionError(
+            f"temperature is {config.temperature:g}, and distill 0, whose answers it would soften. "
+            "Give distill 1, or leave out temperature."
+        )
     asked = config.distill or config.consistency or config.dense_loss
+    if not asked and config.teacher != Config.teacher:
+        raise OptionError(
+            f"The teacher is '{config.teacher}', and nothing asks it: distill, consistency and "
+            "dense_loss are 0. Give distill 1 to learn from its answers, or leave out teacher."
+        )
     if not asked or config.teacher == "self":
         return None
     if config.teacher == "initial":
