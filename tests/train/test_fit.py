@@ -326,6 +326,8 @@ def test_a_model_of_transformers_is_trained(config: Build, tmp_path: Path) -> No
     trained = mergence.load(summary.model)
     assert type(trained).__name__ == "ViTForImageClassification"
     assert mergence.recipe_of(trained) == make("mergence", macs=0.67, align=1)
+    with pytest.raises(OptionError, match="scratch starts from random weights.*timm's models"):
+        build.open_model(config(model=settings.model, scratch=True))
     with pytest.raises(OptionError, match="only timm's models tell"):
         fit(config(model=settings.model, layer_decay=0.7, out=str(tmp_path / "2"), **fields))
 

@@ -98,7 +98,9 @@ def open_model(config: Config) -> LoadedModel:
     """
     loaded = load_model(config.model, checkpoint=config.checkpoint)
     if config.scratch:
-        reset = getattr(loaded.model, "init_weights", None)
+        # What transformers calls so passes over weights that were loaded.
+        timms = hasattr(loaded.model, "pretrained_cfg")
+        reset = getattr(loaded.model, "init_weights", None) if timms else None
         if reset is None or config.checkpoint is not None:
             raise OptionError(
                 "scratch starts from random weights: it goes with timm's models and without a "
