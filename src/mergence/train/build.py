@@ -69,8 +69,8 @@ def recipes_of(config: Config) -> dict[str, Recipe]:
         taken = {DENSE, *(set(list(recipes)[1:]) & {Path(saving.RECIPE).stem, "config"})}
         if clash := [name for name in recipes if name in taken]:
             raise OptionError(
-                f"A recipe file is called '{clash[0]}', which is something else in a run and in the "
-                "folder of its model. Rename the file."
+                f"A recipe file is called '{clash[0]}', a name that a run, or the folder of its "
+                "model, has for something else. Rename the file."
             )
         given = len(config.recipe)
     else:

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from functools import cached_property
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+SAME = 2.0
+"""Seconds in which what comes after the first signal is the same request: torchrun passes on to
+each process what a scheduler has sent to all of them."""
+
+
+class _First:
+    """When the first signal came."""
+
+    def __init__(self) -> None:
+        self._came: float | None = None
+
+    def is_over(self) -> bool:
+        """Asked at each signal: whether it is another request than the first one."""
+        now = time.monotonic()
+        if self._came is None:
+            self._came = now
+            return False
+        return now - self._came >= SAME
+
 
 class Requests:
-    """Context manager: notes the first SIGINT or SIGTERM, and lets a second one act at once.
+    """Context manager: notes the first SIGINT or SIGTERM, and lets a later one act at once.
 
     Attributes:
         name: The signal that came, or None.
@@ -18,6 +38,7 @@ class Requests:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._first = _First()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -27,8 +48,10 @@ class Requests:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        self._restore()
+        self.name = self.name or signal.Signals(number).name
+        if self._first.is_over():
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         while self._before:
@@ -49,9 +72,12 @@ def outlive_first(worker: int) -> None:
     Terminals and schedulers send it to all processes of a run, which needs images until the end of
     its step. torch's own handler ends a worker at once, and the run with it.
     """
+    first = _First()
 
     def note(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        if first.is_over():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
@@ -74,3 +100,6 @@ class Readers:
         for one in self._readers:
             if hasattr(one, "_shutdown_workers"):  # torch has no public way; Lightning's is this
                 one._shutdown_workers()
+            for worker in getattr(one, "_workers", ()):  # it gave them five seconds
+                if worker.is_alive():
+                    worker.kill()
