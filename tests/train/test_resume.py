@@ -269,6 +269,13 @@ def test_another_batch_size_is_refused(config: Build, tmp_path: Path) -> None:
         fit(config(epochs=2, limit=16, batch_size=8), resume=True)
 
 
+def test_another_optimizer_is_refused(config: Build, tmp_path: Path) -> None:
+    """Also one whose state looks alike."""
+    fit(config(epochs=1, limit=16, optimizer="adamw"))
+    with pytest.raises(CheckpointError, match="is trained by adamw and optimizer is now adam, so"):
+        fit(config(epochs=2, limit=16, optimizer="adam"), resume=True)
+
+
 def test_a_parameter_that_no_forward_uses_has_no_state(
     config: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

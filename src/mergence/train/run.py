@@ -16,6 +16,7 @@ from torch import nn
 
 from mergence.devices import best_device
 from mergence.errors import CheckpointError, MergenceError, OptionError
+from mergence.recipe import Recipe
 from mergence.train import build, checkpoint
 from mergence.train.checkpoint import State
 from mergence.train.config import Config
@@ -196,6 +197,7 @@ class Run:
             "skipped": self.skipped,
             "images": len(self.feed.data),
             "config": self.config.to_dict(),
+            "recipes": {name: one.to_dict() for name, one in self.recipes.items()},
         }
         ema = {} if self.ema is None else self.ema.module.state_dict()
         state = State(model, ema, trainer)
@@ -205,8 +207,8 @@ class Run:
         """Go back to the last checkpoint; False where there is none. Every process takes part.
 
         Raises:
-            CheckpointError: It is damaged, or belongs to other images, steps of another size or
-                another model.
+            CheckpointError: It is damaged, or belongs to another number of images, steps of another
+                size, another optimiser or another model.
         """
         from torch.distributed.checkpoint.state_dict import (
             set_model_state_dict,
@@ -232,6 +234,13 @@ class Run:
                 f"{self.config.batch_size}, so its place and its schedules are lost. Go on with "
                 f"batch_size {taken}; where memory is short, raise accumulate."
             )
+        made = saved["config"]["optimizer"]  # some states look alike, as those of adam and adamw
+        if made != self.config.optimizer:
+            raise CheckpointError(
+                f"The run in '{self.out}' is trained by {made} and optimizer is now "
+                f"{self.config.optimizer}, so what it keeps of the steps before means something "
+                f"else. Go on with {made}, or start a new run from its weights with --checkpoint."
+            )
         optimizer = self.optimizer.optimizer
         told = [
             {key: group[key] for key in _TOLD & group.keys()} for group in optimizer.param_groups
@@ -251,7 +260,7 @@ class Run:
             ) from error
         for group, values in zip(optimizer.param_groups, told, strict=True):
             group.update(values)
-        self._note_changes(saved["config"])
+        self._note_changes(saved)
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.position = Position(**saved["position"])
@@ -261,12 +270,21 @@ class Run:
 
     def _note_changes(self, saved: Mapping[str, Any]) -> None:
         """Say which options differ from those of the checkpoint; they hold from here on."""
-        now = self.config.to_dict()
+        before, now = saved["config"], self.config.to_dict()
         changes = [
-            f"{key} {saved.get(key)!r} is now {now[key]!r}"
+            f"{key} {before.get(key)!r} is now {now[key]!r}"
             for key in now
-            if key not in _FREE and now[key] != saved.get(key)
+            if key not in _FREE and now[key] != before.get(key)
         ]
+        for name, recipe in saved.get("recipes", {}).items() if self.config.recipe else ():
+            if name in self.recipes:  # the file is the same; it may say something else
+                # By way of a recipe, in which options have defaults that were none then.
+                old, new = Recipe.from_dict(recipe).to_dict(), self.recipes[name].to_dict()
+                changes += [
+                    f"{key} of '{name}' {old[key]!r} is now {new[key]!r}"
+                    for key in ("method", "schedule", "align")
+                    if old[key] != new[key]
+                ]
         if changes:
             warnings.warn(
                 f"The run goes on with other options: {'; '.join(changes)}. Its end will differ "
