@@ -297,6 +297,14 @@ def test_multi_scale_fusion_is_learned_at_its_own_rate(config: Build, tmp_path: 
     assert last["mstm 0.67 agreement"] == pytest.approx(found.results[1].agreement)
 
 
+@pytest.mark.parametrize("learned_lr", [0.1, 0.0])
+def test_the_rate_that_is_written_down_is_lr(
+    config: Build, tmp_path: Path, learned_lr: float
+) -> None:
+    fit(config(**FUSION, epochs=1, limit=16, learned_lr=learned_lr, layer_decay=0.5, log_every=1))
+    assert [float(row["lr"]) for row in rows(tmp_path / "run" / "steps.csv")] == [2e-3]
+
+
 def test_a_second_run_goes_on_with_what_the_first_has_learned(config: Build) -> None:
     first = fit(config(**FUSION, epochs=1, limit=16, learned_lr=0.1)).model
     learned = load_file(first / "mergence.safetensors")

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 import mergence
 from mergence.distances import kl_divergence
-from mergence.errors import UnsupportedModelError
+from mergence.errors import OptionError, UnsupportedModelError
 from mergence.models import load_model
 from mergence.train import Config, fit
 from mergence.train.build import recipes_of
 from mergence.train.levels import Choice, Reducer
 from mergence.train.objective import Objective
+from mergence.train.run import Run
 from mergence.train.teacher import teacher_of
 
 Build = Callable[..., Config]
@@ -105,8 +106,29 @@ def test_a_dense_step_is_not_taught_by_itself(config: Build, batch: tuple[Tensor
     model.register_forward_hook(lambda *_: calls.append(1))
     losses = objective(model, *batch, Choice("mergence 0.67", 0.0))
     assert len(calls) == 1
+    # Its answer is that of both paths, and counts for both.
     expected = F.cross_entropy(mergence.remove(model)(batch[0]), batch[1], reduction="none")
-    assert torch.equal(losses, expected)
+    assert torch.equal(losses, 2 * expected)
+
+
+def test_a_dense_step_learns_what_the_dense_path_learns(
+    config: Build, batch: tuple[Tensor, Tensor]
+) -> None:
+    model, objective = made(config(label_loss=0.0, dense_loss=0.5))
+    losses = objective(model, *batch, Choice("mergence 0.67", 0.0))
+    expected = F.cross_entropy(mergence.remove(model)(batch[0]), batch[1], reduction="none")
+    assert torch.equal(losses, 0.5 * expected)
+
+
+def test_dense_epochs_without_anything_to_learn_are_refused(config: Build) -> None:
+    alone: dict[str, Any] = {"teacher": "self", "distill": 1.0, "label_loss": 0.0}
+    for dense in ({"reduce_epochs": "1"}, {"reduce_epochs": "none"}):
+        with pytest.raises(OptionError, match=r"learns nothing in epochs without reduction"):
+            Run(config(**alone, **dense))
+        Run(config(**alone | {"teacher": "initial"}, **dense))
+        Run(config(**alone | {"label_loss": 0.1}, **dense))
+    Run(config(**alone, reduction_warmup=1.0))
+    Run(config(**alone, reduce_epochs="1-2"))
 
 
 def test_a_classifier_without_a_token_is_refused(config: Build) -> None:

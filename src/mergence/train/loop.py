@@ -225,7 +225,9 @@ class _Loop:
         speed = self.images / (time.perf_counter() - self.began)
         epoch = position.epoch + 1
         if position.update % run.config.log_every == 0 or position.update == run.updates:
-            rate = max(group["lr"] for group in run.optimizer.param_groups)
+            # The schedule's, of which layers, and what a method learns, have a multiple.
+            groups = [g for g in run.optimizer.param_groups if g.get("lr_scale", 1.0)]
+            rate = max(group["lr"] / group.get("lr_scale", 1.0) for group in groups)
             row = {"update": position.update, "epoch": epoch, "loss": loss, "lr": rate}
             row |= {"recipe": recipe, "strength": strength, "images_per_s": round(speed, 1)}
             self.logs.step(row)

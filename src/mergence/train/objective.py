@@ -35,6 +35,9 @@ class Objective:
     * `dense_loss` times the cross entropy of the dense path itself, so that it stays as good as the
       reduced one (MCTF, with weight 1); this path is the teacher of the other two.
 
+    In a dense step the model's own dense path is what is trained: it is not its own teacher there,
+    and its cross entropy has both weights, `label_loss` and `dense_loss`.
+
     Args:
         config: Weights of the parts.
         model: The model, before it is wrapped.
@@ -93,9 +96,10 @@ class Objective:
         dense, dense_token = self._dense(model, x) if taught else (None, None)
         self.reducer.select(choice)
         logits = answer(model(x)).float()
-        loss = config.label_loss * _cross_entropy(logits, soft)
-        if dense is None:
-            return loss
+        labels = _cross_entropy(logits, soft)
+        if dense is None:  # in a dense step this is the dense path, too
+            return (config.label_loss + config.dense_loss) * labels
+        loss = config.label_loss * labels
         if config.dense_loss:
             loss = loss + config.dense_loss * _cross_entropy(dense, soft)
         t, fixed = config.temperature, dense.detach()

@@ -119,6 +119,7 @@ class Run:
         self.ema = self._averaged(model) if config.ema else None
         teacher = teacher_of(config, self.loaded, self.class_names)
         self.objective = Objective(config, model, self.reducer, teacher)
+        self._check_dense_epochs()
         self.examiner = None if teacher is None else Examiner(teacher)
         optimizer = build.optimizer_of(model, config)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -127,6 +128,20 @@ class Run:
         self.history: list[Row] = []
         self.skipped: dict[str, str] = {}
         self.out = Path(config.out).expanduser()
+
+    def _check_dense_epochs(self) -> None:
+        """Check that epochs without reduction learn something."""
+        config, steps = self.config, self.feed.steps
+        if self.objective.teacher is not None or config.label_loss or config.dense_loss:
+            return
+        # The last step of each: a warm-up has only its first one without reduction.
+        ends = [self.timetable.at((epoch + 1) * steps - 1) for epoch in range(config.epochs)]
+        if dense := [epoch for epoch, end in enumerate(ends, 1) if end.strength == 0]:
+            raise OptionError(
+                "A model that has nothing but its own dense path to learn from (teacher self, "
+                "label_loss 0, dense_loss 0) learns nothing in epochs without reduction, as epoch "
+                f"{dense[0]} is. Give label_loss or dense_loss a weight, or reduce in all epochs."
+            )
 
     @property
     def updates(self) -> int:
