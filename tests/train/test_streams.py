@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import tarfile
 from collections import Counter
@@ -151,6 +152,34 @@ def test_an_epoch_goes_on_where_it_was_left(tars: Path, workers: int) -> None:
         assert [[b.names for b in s] for s in rest] == [[b.names for b in s] for s in whole[start:]]
 
 
+@pytest.fixture
+def nines(samples: list[tuple[str, bytes, int]], tmp_path: Path) -> str:
+    """Four shards of nine images."""
+    (tmp_path / "nines").mkdir()
+    for number in range(4):
+        write_shard(tmp_path / "nines" / f"{number}.tar", samples[9 * number : 9 * number + 9])
+    return f"wds:{tmp_path}/nines/*.tar"
+
+
+@pytest.mark.parametrize(("workers", "pieces"), [(0, 1), (2, 1), (2, 2)])
+def test_only_the_last_step_is_smaller(nines: str, workers: int, pieces: int) -> None:
+    """What the workers have left over makes whole steps together."""
+    stream = feed(nines, workers=workers, pieces=pieces)
+    whole = list(stream.epoch(0))
+    assert [sum(map(len, step)) for step in whole] == [8, 8, 8, 8, 4]
+    assert len(tensors([batch for step in whole for batch in step])) == 36
+    for start in (2, 4):
+        rest = list(stream.epoch(0, start))
+        assert [[b.names for b in s] for s in rest] == [[b.names for b in s] for s in whole[start:]]
+
+
+def test_what_is_left_over_and_cannot_be_used_is_named(nines: str, tmp_path: Path) -> None:
+    write_shard(tmp_path / "nines" / "0.tar", [("bad", b"no image", 1)])
+    batches = epoch(feed(nines, workers=2))
+    assert [item.name for batch in batches for item in batch.skipped] == ["0.tar/bad"]
+    assert len(tensors(batches)) == 27
+
+
 def test_all_processes_make_as_many_steps(tars: Path) -> None:
     """The one that is through first goes on with empty batches while another asks for more."""
     asked: list[bool] = []
@@ -207,6 +236,38 @@ def test_a_run_learns_from_a_stream_and_goes_on_bit_for_bit(
     assert weights[0] == weights[1]
 
 
+def test_a_stream_that_is_longer_than_was_said_keeps_to_the_plan(config: Build, tars: Path) -> None:
+    """Three steps an epoch were planned, and five come."""
+
+    class Crash(Exception):
+        pass
+
+    def report(status: Any) -> None:
+        seen.append(status)
+        if status.update == 5 and len(seen) == 5:
+            raise Crash
+
+    seen: list[Any] = []
+    settings = config(
+        data=f"wds:{tars}/*.tar", limit=None, epoch_images=20, batch_size=8, reduce_epochs="1",
+        min_lr=0, save_every=1, log_every=1,
+    )  # fmt: skip
+    with pytest.raises(Crash):
+        fit(settings, report=report)
+    fit(settings, resume=True, report=report)
+    # The fourth step, after the last planned one, is saved like any other.
+    assert [status.update for status in seen] == [1, 2, 3, 4, 5, *range(5, 11)]
+    assert all(status.seconds_left >= 0 for status in seen)
+    assert [status.updates for status in seen[-6:]] == [8, 8, 8, 8, 9, 10]
+    with (Path(settings.out) / "steps.csv").open() as file:
+        steps = list(csv.DictReader(file))
+    assert [float(row["strength"]) for row in steps] == [1.0] * 5 + [0.0] * 5
+    rates = [float(row["lr"]) for row in steps]
+    assert rates[2] == rates[3] == rates[4]
+    assert rates[5] == pytest.approx(1e-3)
+    assert rates[7] == rates[9] > 0
+
+
 @pytest.mark.slow
 def test_a_new_head_takes_its_classes_from_the_stream(
     config: Build, tars: Path, parquet: Path
@@ -232,6 +293,10 @@ def test_what_is_wrong_with_a_stream_is_said_first(
         attempt(f"hf:{tmp_path}/nowhere")
     with pytest.raises(OptionError, match="epoch_images"):
         attempt(f"wds:{tars}/*.tar", epoch_images=None)
+    with pytest.raises(OptionError, match=r"batch_size 16 over 3 .* leaves 1 over.* 15 or 18"):
+        attempt(f"wds:{tars}/*.tar", accumulate=3)
+    with pytest.raises(OptionError, match=r"batch_size 16 over 20 .* Give batch_size 20,"):
+        attempt(f"wds:{tars}/*.tar", accumulate=20)
     with pytest.raises(OptionError, match="Leave out limits"):
         attempt(f"wds:{tars}/*.tar", limit=5)
     datasets.Dataset.from_dict({"a": [1]}).save_to_disk(tmp_path / "saved")

@@ -57,7 +57,7 @@ def recipes_of(config: Config) -> dict[str, Recipe]:
         OptionError: The options contradict each other, or a file's name stands for something else.
     """
     if config.recipe:
-        unset = (Config.method, None, (), {})
+        unset: tuple[Any, ...] = (Config.method, None, (), {})
         names = ("method", "macs", "keep_rate", "set")
         if told := [name for name in names if getattr(config, name) not in unset]:
             raise OptionError(
@@ -211,7 +211,8 @@ def feed_of(
     """A collection in steps, for training or in order and whole batches for validation.
 
     Raises:
-        OptionError: Nobody knows how many images a stream has.
+        OptionError: Nobody knows how many images a stream has, or its steps would be smaller than
+            asked for.
     """
     if training and len(data) == 0:
         raise OptionError(
@@ -223,6 +224,13 @@ def feed_of(
     batch_size = config.batch_size if training else -(-config.batch_size // config.accumulate)
     if isinstance(data, ImageData):
         return Feed(data, batch_size, pieces, training, config.seed, seat, config.workers)
+    parts = seat.world * config.accumulate
+    if training and (over := batch_size % parts):
+        near = " or ".join(str(n) for n in (batch_size - over, batch_size - over + parts) if n)
+        raise OptionError(
+            f"A stream is read in equal parts, and batch_size {batch_size} over {parts} (processes "
+            f"times accumulate) leaves {over} over. Give batch_size {near}, or another accumulate."
+        )
     return StreamFeed(
         *(data, batch_size, anyone, pieces, training, config.seed, seat, config.workers),
         buffer=config.shuffle_buffer,

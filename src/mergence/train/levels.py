@@ -38,7 +38,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Timetable:
-    """Which choice each step of a run gets; it depends on the step's number alone.
+    """Which choice each step of a run gets; it depends on the step's place in the run alone.
 
     Three things that the literature found to matter, in one answer:
 
@@ -70,15 +70,22 @@ class Timetable:
     def __post_init__(self) -> None:
         _ranges(self.epochs)
 
-    def at(self, update: int) -> Choice:
-        """The choice of a step, counted from 0 over the whole run."""
+    def at(self, place: int, update: int | None = None) -> Choice:
+        """The choice of a step.
+
+        Args:
+            place: The step by the plan, counted from 0 over the whole run.
+            update: The step as it is, where a stream does not keep to the plan; a recipe is drawn
+                for each.
+        """
+        update = place if update is None else update
         drawn = random.Random(seed_at(self.seed, "recipe", update)).choice(self.recipes)
-        epoch = update // self.steps + 1
+        epoch = place // self.steps + 1
         ranges = _ranges(self.epochs)
         if not any(low <= epoch <= high for low, high in ranges):
             return Choice(drawn, 0.0)
         ramp = self.warmup * self.steps
-        done = update - (min(low for low, _ in ranges) - 1) * self.steps
+        done = place - (min(low for low, _ in ranges) - 1) * self.steps
         share = 1.0 if done >= ramp else done / ramp
         return Choice(drawn, 0.5 - 0.5 * math.cos(math.pi * share))
 

@@ -20,7 +20,7 @@ class Status:
 
     Attributes:
         update: Steps done.
-        updates: Steps of the whole run.
+        updates: Steps of the whole run, as far as a stream says how long it is.
         epoch: The epoch under way, counted from 1.
         epochs: Epochs of the run.
         loss: Mean loss of the step.

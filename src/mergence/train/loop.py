@@ -146,7 +146,8 @@ class _Loop:
                 self._step(pieces)
                 asked = run.anyone(self.requests.name is not None)
                 due = position.update % run.config.save_every == 0
-                if asked or (due and position.step < run.feed.steps):
+                # The end of the epoch is saved anyhow; a stream may go on where it was planned.
+                if asked or (due and position.step != run.feed.steps):
                     self._save()
                 if asked:
                     raise TrainingError(
@@ -158,8 +159,8 @@ class _Loop:
 
     def _step(self, pieces: list[Batch]) -> None:
         run, position = self.run, self.run.position
-        choice = run.timetable.at(position.update)
-        run.schedule.step_update(position.update)
+        choice = run.timetable.at(run.place, position.update)
+        run.schedule.step_update(run.place)
         for batch in pieces:
             run.skipped |= {item.name: item.reason for item in batch.skipped}
         images = round(run.total(sum(map(len, pieces)))[0])
@@ -224,15 +225,16 @@ class _Loop:
             return
         speed = self.images / (time.perf_counter() - self.began)
         epoch = position.epoch + 1
-        if position.update % run.config.log_every == 0 or position.update == run.updates:
+        if position.update % run.config.log_every == 0 or not run.left:
             # The schedule's, of which layers, and what a method learns, have a multiple.
             groups = [g for g in run.optimizer.param_groups if g.get("lr_scale", 1.0)]
             rate = max(group["lr"] / group.get("lr_scale", 1.0) for group in groups)
             row = {"update": position.update, "epoch": epoch, "loss": loss, "lr": rate}
             row |= {"recipe": recipe, "strength": strength, "images_per_s": round(speed, 1)}
             self.logs.step(row)
-        left = (run.updates - position.update) * run.config.batch_size / max(speed, 1e-9)
-        status = Status(position.update, run.updates, epoch, run.config.epochs, loss, speed, left)
+        left = run.left * run.config.batch_size / max(speed, 1e-9)
+        updates = position.update + run.left
+        status = Status(position.update, updates, epoch, run.config.epochs, loss, speed, left)
         self.report(status)
 
     def _save(self) -> None:

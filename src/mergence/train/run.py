@@ -144,9 +144,15 @@ class Run:
             )
 
     @property
-    def updates(self) -> int:
-        """Steps of the whole run."""
-        return self.config.epochs * self.feed.steps
+    def place(self) -> int:
+        """The step that comes, by the plan: where an epoch of a stream is longer, its last one."""
+        return self.position.epoch * self.feed.steps + min(self.position.step, self.feed.steps - 1)
+
+    @property
+    def left(self) -> int:
+        """Steps until the end, by the plan."""
+        epochs = self.config.epochs - self.position.epoch
+        return epochs * self.feed.steps - min(self.position.step, self.feed.steps)
 
     @property
     def checkpoints(self) -> Path:

@@ -102,7 +102,7 @@ def open_stream(
 
 @dataclass(frozen=True)
 class _Reader(IterableDataset[Batch | DataError]):
-    """What one worker of one process reads, in batches.
+    """What one worker of one process reads, in batches; the last one may be smaller.
 
     Shards are dealt out to all workers of all processes where there are enough of them; otherwise
     each reads all and keeps every so manieth image.
@@ -132,7 +132,7 @@ class _Reader(IterableDataset[Batch | DataError]):
                 behind -= 1
                 held = []
         if held:
-            yield self._batch(held, decoded=behind <= 0)
+            yield self._batch(held, decoded=True)
 
     def _batch(self, items: list[Encoded | Skipped], *, decoded: bool) -> Batch | DataError:
         if not decoded:
@@ -178,7 +178,8 @@ class StreamFeed(Readers):
     """A stream in steps; see `mergence.train.feed.Feed` for what every process can rely on.
 
     Shards need not be of one size: a process that has read all of its own goes on with empty
-    batches until every process has, so an epoch is one pass over everything.
+    batches until every process has, so an epoch is one pass over everything. It may be of another
+    number of steps than was planned.
 
     Attributes:
         data: The stream.
@@ -220,7 +221,7 @@ class StreamFeed(Readers):
             reader, batch_size=None, num_workers=self.workers, worker_init_fn=outlive_first
         )
         self._readers[:] = [iter(loader)]
-        batches = map(_checked, self._readers[0])
+        batches = self._whole(self._readers[0])
         step = 0
         while True:
             pieces = list(islice(batches, self.pieces))
@@ -231,8 +232,17 @@ class StreamFeed(Readers):
             if step > start:
                 yield pieces
 
-
-def _checked(batch: Batch | DataError) -> Batch:
-    if isinstance(batch, DataError):
-        raise batch
-    return batch
+    def _whole(self, batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
+        """The same, with what each worker has left over made into whole batches at the end."""
+        rest: list[Sample | Skipped] = []
+        for batch in batches:
+            if isinstance(batch, DataError):
+                raise batch
+            if 0 < len(batch) + len(batch.skipped) < self.piece:  # none is of a batch behind us
+                labels = [] if batch.labels is None else batch.labels.tolist()
+                rest += map(Sample, batch.images, labels, batch.names)
+                rest += batch.skipped
+            else:
+                yield batch
+        for start in range(0, len(rest), self.piece):
+            yield collate(rest[start : start + self.piece])
