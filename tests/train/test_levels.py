@@ -49,6 +49,14 @@ def test_recipes_take_turns_at_random_but_the_same_in_every_process() -> None:
     ]
 
 
+def test_steps_beyond_the_plan_draw_a_recipe_each() -> None:
+    table = Timetable(recipes=("a", "b"), steps=5, warmup=2)
+    found = [table.at(4, update) for update in range(4, 104)]
+    assert found[0] == table.at(4)
+    assert {choice.strength for choice in found} == {found[0].strength}
+    assert {choice.recipe for choice in found} == {"a", "b"}
+
+
 def test_the_warm_up_goes_from_dense_to_full_along_a_cosine() -> None:
     found = strengths(Timetable(recipes=("a",), steps=4, warmup=2), 4)
     assert found[0] == 0

@@ -229,7 +229,8 @@ def feed_of(
         near = " or ".join(str(n) for n in (batch_size - over, batch_size - over + parts) if n)
         raise OptionError(
             f"A stream is read in equal parts, and batch_size {batch_size} over {parts} (processes "
-            f"times accumulate) leaves {over} over. Give batch_size {near}, or another accumulate."
+            f"times accumulate) leaves {over} over. Give batch_size {near}, another accumulate, or "
+            "another number of processes."
         )
     return StreamFeed(
         *(data, batch_size, anyone, pieces, training, config.seed, seat, config.workers),

@@ -42,13 +42,13 @@ def teacher_of(
     if config.temperature != 1 and not config.distill:
         raise OptionError(
             f"temperature is {config.temperature:g}, and distill 0, whose answers it would soften. "
-            "Give distill 1, or leave out temperature."
+            "Give distill 1, or temperature 1."
         )
     asked = config.distill or config.consistency or config.dense_loss
     if not asked and config.teacher != Config.teacher:
         raise OptionError(
             f"The teacher is '{config.teacher}', and nothing asks it: distill, consistency and "
-            "dense_loss are 0. Give distill 1 to learn from its answers, or leave out teacher."
+            "dense_loss are 0. Give distill 1 to learn from its answers, or teacher initial."
         )
     if not asked or config.teacher == "self":
         return None
