@@ -20,6 +20,7 @@ from mergence.calibration.tuning import _prices
 from mergence.data import Batch, Skipped, loader
 from mergence.distances import kl_divergence
 from mergence.errors import DataError, OptionError, ScheduleError
+from mergence.evaluation import evaluate
 from mergence.families.timm import FAMILY
 from mergence.method import Method
 from mergence.methods import Mergence, Mstm
@@ -214,6 +215,21 @@ def test_bad_images_are_counted_and_no_image_is_an_error(
     assert [item.name for item in result.skipped] == ["torn.png"]
     with pytest.raises(DataError, match="no image to calibrate on: 1 could not be read"):
         calibrate(model, [bad], budgets=[0.7])
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_images_of_another_size_than_the_models_own_are_measured_as_they_are(
+    side: int, fresh: Any
+) -> None:
+    """As DINOv2 of transformers, whose processor makes 224 pixels and whose table is for 518."""
+    model = fresh("transformers-dinov2")
+    images = torch.randn(6, 3, side, side)
+    batch = Batch(images, None, [f"{i}.png" for i in range(6)], [])
+    arguments: dict[str, Any] = {"points": 2, "images": 6, "trials": 2, "align": 1}
+    (found,) = calibrate(model, [batch], budgets=[0.7], **arguments).found
+    _, reduced = evaluate(model, [batch], {"calibrated": found.recipe}).results
+    assert found.distance == pytest.approx(reduced.kl, rel=1e-4)
+    assert found.macs_ratio == pytest.approx(0.7, abs=0.05)
 
 
 def test_images_of_two_sizes_are_refused(model: nn.Module, batches: list[Batch]) -> None:

@@ -72,7 +72,9 @@ class Probe:
         first = 0
         if not method.coarse:
             first = next((i for i, n in enumerate(counts) if n < self.patches), len(counts))
-        recipe, done, total = Recipe(method, Counts(after=tuple(counts))), 0, 0.0
+        # Images of another size than the model's own have counts of their own, too.
+        schedule = Counts(after=tuple(counts), of=self.patches)
+        recipe, done, total = Recipe(method, schedule), 0, 0.0
         with torch.inference_mode(), applied(self._model, recipe):
             for batch, dense, outputs in zip(
                 self._batches, self._dense, self._outputs, strict=True
