@@ -179,3 +179,16 @@ def test_without_an_image_the_first_bad_one_is_named(embedded: nn.Module) -> Non
     bad = list(batches(torch.empty(0), None, skipped=2))
     with pytest.raises(DataError, match=r"None of the 2 .*First: bad-0: OSError: broken\."):
         evaluate(embedded, bad, {"reduced": make(macs=0.5)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_goes_on_after_an_evaluation(dtype: torch.dtype, fresh: Any) -> None:
+    model = fresh("timm-vit").train()
+    model.blocks[1].eval()  # as those that are frozen
+    images = torch.randn(2, 3, 96, 96)
+    evaluate(model, [images], {"reduced": make("tome", keep_rate=0.6)}, dtype=dtype)
+    assert [model.training, *(block.training for block in model.blocks[:3])] == [1, 1, 0, 1]
+    model(images.to(dtype)).sum().backward()
+    with pytest.raises(mergence.MergenceError, match="lists 3 counts"):
+        evaluate(model, [images], {"wrong": make("topk", schedule=[36, 20, 10])})
+    assert model.training

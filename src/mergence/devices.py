@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 
 def best_device() -> str:
@@ -31,6 +32,22 @@ def synchronise(device: torch.device) -> None:
     """Wait until a device has done all of its work; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def stop_training(model: nn.Module) -> Callable[[], None]:
+    """Put a model into evaluation mode.
+
+    Returns:
+        A function that puts each module back into the mode that it was in.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+
+    def back() -> None:
+        for module, training in before:
+            module.training = training
+
+    return back
 
 
 @contextmanager

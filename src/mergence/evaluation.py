@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mergence import family, surgery
 from mergence.api import apply, describe, remove
 from mergence.data import Batch, Batches, Skipped, as_batches
-from mergence.devices import synchronise, warn_of_slow_type
+from mergence.devices import stop_training, synchronise, warn_of_slow_type
 from mergence.distances import check_classes, cosine_distance, kl_divergence
 from mergence.errors import DataError, OptionError
 from mergence.macs import count
@@ -150,7 +150,6 @@ def runs_of(recipes: Mapping[str, Recipe]) -> dict[str, Recipe | None]:
     return {DENSE: None, **recipes}
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     batches: Batches,
@@ -189,11 +188,12 @@ def evaluate(
     check_classes(classes)
     kind = _Tally if classes else _Features
     warn_of_slow_type(torch.device(device), dtype)
-    model = model.to(device=device, dtype=dtype).eval()
+    model = model.to(device=device, dtype=dtype)
     tallies = {name: kind() for name in runs}
     images, labelled = 0, False
     skipped: list[Skipped] = []
     back = surgery.bookmark(model)
+    back_to_training = stop_training(model)
     try:
         paths: dict[str, _Path] = {}
         for name, recipe in runs.items():
@@ -202,14 +202,13 @@ def evaluate(
         for batch in as_batches(batches):
             skipped += batch.skipped
             if batch:
-                if images == 0:  # a warm-up, so that no run pays for being the first
-                    model(batch.images.to(device=device, dtype=dtype))
                 images += len(batch)
                 labelled = labelled or batch.labels is not None
                 _run_batch(model, batch, paths, tallies, device, dtype)
             progress(len(batch) + len(batch.skipped))
     finally:
         back()
+        back_to_training()
     if images == 0:
         first = "".join(f" First: {bad.name}: {bad.reason}." for bad in skipped[:1])
         raise DataError(f"None of the {len(skipped)} images could be read.{first}")
@@ -229,6 +228,8 @@ def evaluate(
     return Evaluation(model_name, data_name, images, tuple(skipped), results)
 
 
+# Not around all of `evaluate`: a model that is moved in inference mode can never be trained again.
+@torch.inference_mode()
 def _run_batch(
     model: nn.Module,
     batch: Batch,
@@ -239,6 +240,8 @@ def _run_batch(
 ) -> None:
     images = batch.images.to(device=device, dtype=dtype)
     labels = None if batch.labels is None else batch.labels.to(device)
+    if not any(tally.seconds for tally in tallies.values()):
+        model(images)  # a warm-up, so that no run pays for being the first
     dense = None
     for name, path in paths.items():
         path.take()

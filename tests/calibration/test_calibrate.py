@@ -138,9 +138,10 @@ def test_the_same_images_give_the_same_recipe(model: nn.Module, batches: list[Ba
 
 
 def test_what_was_applied_is_put_back(model: nn.Module, batches: list[Batch]) -> None:
-    mergence.apply(model, "tome", r=8)
+    mergence.apply(model.train(), "tome", r=8)
     calibrate(model, batches, budgets=[0.7], points=1, images=6, trials=0, tune=False)
     assert mergence.recipe_of(model).method.name == "tome"
+    assert all(module.training for module in model.modules())
 
 
 def test_an_interrupt_keeps_the_best_so_far(model: nn.Module, batches: list[Batch]) -> None:

@@ -21,7 +21,7 @@ from mergence.calibration.search import Prices, best_counts, check_budget
 from mergence.calibration.sensitivity import measure
 from mergence.coarse import share_of
 from mergence.data import Batches, Skipped, as_batches
-from mergence.devices import warn_of_slow_type
+from mergence.devices import stop_training, warn_of_slow_type
 from mergence.distances import (
     Distance,
     check_classes,
@@ -104,8 +104,9 @@ def calibrate(
         method = dataclasses.replace(method, coarse=0.0)  # recipes with counts say everything
     _check(method, budgets, latency, points, images, trials)
     warn_of_slow_type(torch.device(device), dtype)
-    model = model.to(device=device, dtype=dtype).eval()
+    model = model.to(device=device, dtype=dtype)
     back = surgery.bookmark(model)
+    back_to_training = stop_training(model)
     try:
         remove(model)
         require_images_alone(model)
@@ -175,6 +176,7 @@ def calibrate(
         return Calibration(tuple(found), curves, objective, probe.images, tuple(skipped))
     finally:
         back()
+        back_to_training()
 
 
 def _first_images(
