@@ -192,3 +192,32 @@ def test_training_goes_on_after_an_evaluation(dtype: torch.dtype, fresh: Any) ->
     with pytest.raises(mergence.MergenceError, match="lists 3 counts"):
         evaluate(model, [images], {"wrong": make("topk", schedule=[36, 20, 10])})
     assert model.training
+
+
+def test_labels_are_class_indices_however_a_loader_gives_them(embedded: nn.Module) -> None:
+    images = torch.randn(12, 1, 28, 28)
+    with torch.no_grad():
+        labels = embedded(images).argmax(dim=1)
+
+    def accuracy(*given: Any) -> tuple[float | None, float | None]:
+        (dense,) = evaluate(embedded, given, {}).results
+        return dense.top1, dense.top5
+
+    for one in (labels, labels[:, None], labels.tolist(), tuple(labels.tolist()), labels.numpy()):
+        assert accuracy((images, one)) == (100, 100)
+    assert accuracy((images[:4], labels[:4]), images[4:]) == (100, 100)  # of those with labels
+    for other in ([f"{i}.png" for i in range(12)], {"boxes": labels}, [{"box": 1}] * 12, None):
+        assert accuracy((images, other)) == (None, None)
+    one_hot = nn.functional.one_hot(labels, 10)
+    for wrong in (one_hot, one_hot.float(), labels[:3]):
+        with pytest.raises(DataError, match=r"12 images are of shape \[(12, 10|3)\].*argmax"):
+            accuracy((images, wrong))
+
+
+def test_maps_that_lie_beside_the_images_are_no_labels_of_a_model_without_classes(
+    fresh: Any,
+) -> None:
+    model = fresh("timm-vit")
+    model.reset_classifier(0)
+    pair = torch.randn(2, 3, 96, 96), torch.randn(2, 96, 96)
+    assert evaluate(model, [pair], {}).results[0].top1 is None

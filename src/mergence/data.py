@@ -77,7 +77,7 @@ class Batch:
         return replace(self, images=self.images.pin_memory(), labels=labels)
 
 
-Batches = Iterable[Batch | Tensor | Sequence[Tensor]]
+Batches = Iterable[Batch | Tensor | Sequence[Any]]
 """Images as `loader` yields them, or as any other loader does: alone, or with labels."""
 
 
@@ -97,6 +97,10 @@ def as_batches(batches: Batches) -> Iterator[Batch]:
                 f"A batch is a {type(found).__name__} without images. Give tensors [B, C, H, W], "
                 "pairs of images and labels, or what mergence.data.loader yields."
             )
+        try:
+            labels = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):  # names, boxes, or nothing
+            labels = None
         yield Batch(images, labels, [""] * len(images), [])
 
 

@@ -33,8 +33,8 @@ class Result:
         recipe: The recipe as JSON values; None for the dense model.
         gmacs: Multiply-adds of one image, in units of 1e9.
         macs_ratio: The same as a share of the dense model's.
-        top1: Percent of images whose label is the first guess; None without labels.
-        top5: Percent of images whose label is among the first five; None without labels.
+        top1: Percent of labelled images whose label is the first guess; None without labels.
+        top5: Percent of labelled images whose label is among the first five; None without labels.
         agreement: Percent of images with the dense model's first guess; None without class scores.
         kl: Mean Kullback-Leibler divergence from the dense model's distribution, in nats; None
             without class scores.
@@ -99,7 +99,7 @@ class _Features:
     def add(self, features: Tensor, dense: Tensor, labels: Tensor | None) -> None:
         self.cosine += float(cosine_distance(dense, features).sum())
 
-    def means(self, images: int, labelled: bool) -> dict[str, float | None]:
+    def means(self, images: int) -> dict[str, float | None]:
         return dict.fromkeys(_METRICS) | {"cosine": self.cosine / images}
 
 
@@ -111,23 +111,37 @@ class _Tally:
     top5: int = 0
     agreement: int = 0
     kl: float = 0.0
+    labelled: int = 0
     seconds: float = 0.0
 
     def add(self, logits: Tensor, dense: Tensor, labels: Tensor | None) -> None:
         self.kl += float(kl_divergence(dense, logits).sum())
         self.agreement += int((logits.argmax(dim=1) == dense.argmax(dim=1)).sum())
         if labels is not None:
+            labels = _indices(labels, len(logits))
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            self.labelled += len(labels)
             self.top1 += int(hits[:, 0].sum())
             self.top5 += int(hits.sum())
 
-    def means(self, images: int, labelled: bool) -> dict[str, float | None]:
+    def means(self, images: int) -> dict[str, float | None]:
         return dict.fromkeys(_METRICS) | {
-            "top1": 100 * self.top1 / images if labelled else None,
-            "top5": 100 * self.top5 / images if labelled else None,
+            "top1": 100 * self.top1 / self.labelled if self.labelled else None,
+            "top5": 100 * self.top5 / self.labelled if self.labelled else None,
             "agreement": 100 * self.agreement / images,
             "kl": self.kl / images,
         }
+
+
+def _indices(labels: Tensor, images: int) -> Tensor:
+    """The class index of each image, `[B]`, from labels that may be `[B, 1]`."""
+    if labels.shape not in ((images,), (images, 1)):
+        raise DataError(
+            f"The labels of a batch of {images} images are of shape {list(labels.shape)}. Give the "
+            "class index of each image, [B]: of labels that are one-hot or mixed .argmax(dim=1), "
+            "and images alone where there are none."
+        )
+    return labels.reshape(images)
 
 
 def runs_of(recipes: Mapping[str, Recipe]) -> dict[str, Recipe | None]:
@@ -168,7 +182,7 @@ def evaluate(
     Args:
         model: A model of a known family. Where it gives no class scores, its embeddings, maps or
             depths are compared by their cosine.
-        batches: Images and labels, as `mergence.data.loader` yields them.
+        batches: Images and labels, as `mergence.data.loader` yields them or any other loader.
         recipes: What to compare, by name.
         device: Where to run.
         dtype: Type of weights and images; metrics are computed in float32.
@@ -177,7 +191,7 @@ def evaluate(
         progress: Called after each batch with the number of images in it, skipped ones included.
 
     Raises:
-        DataError: No image could be read.
+        DataError: No image could be read, or labels are no class indices.
         OptionError: The model answers with tokens or with a single value, which cannot be compared,
             or a recipe is called `dense`.
         MergenceError: A recipe does not fit the model.
@@ -190,7 +204,7 @@ def evaluate(
     warn_of_slow_type(torch.device(device), dtype)
     model = model.to(device=device, dtype=dtype)
     tallies = {name: kind() for name in runs}
-    images, labelled = 0, False
+    images = 0
     skipped: list[Skipped] = []
     back = surgery.bookmark(model)
     back_to_training = stop_training(model)
@@ -203,7 +217,6 @@ def evaluate(
             skipped += batch.skipped
             if batch:
                 images += len(batch)
-                labelled = labelled or batch.labels is not None
                 _run_batch(model, batch, paths, tallies, device, dtype)
             progress(len(batch) + len(batch.skipped))
     finally:
@@ -221,7 +234,7 @@ def evaluate(
             gmacs=paths[name].gmacs,
             macs_ratio=paths[name].macs_ratio,
             images_per_s=images / tally.seconds,
-            **tally.means(images, labelled),
+            **tally.means(images),
         )
 
     results = tuple(result(name, recipe) for name, recipe in runs.items())
