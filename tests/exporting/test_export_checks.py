@@ -101,6 +101,26 @@ def test_one_image_of_twenty_may_be_a_near_tie_and_no_more(fake: Any, tmp_path: 
     assert [file.name for file in tmp_path.iterdir()] == ["one.pt2"]
 
 
+def test_an_output_of_zeros_is_right_where_the_models_is() -> None:
+    class Zeros(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.zeros(len(x), 2)
+
+    found = agreement.compare(Zeros(), lambda x: [torch.zeros(len(x), 2)], IMAGES)
+    assert (found.worst, found.off) == (0, 0)
+    with pytest.raises(ExportError, match="On 20 of 20 images"):
+        agreement.compare(Zeros(), lambda x: [torch.full((len(x), 2), 0.01)], IMAGES)
+
+
+def test_a_model_that_answers_one_image_with_nan_is_never_taken_for_right() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return logits(x).where(x[:, :1, 0, 0] != IMAGES[0, 0, 0, 0], torch.nan)
+
+    with pytest.raises(ExportError, match="On 20 of 20 images"):
+        agreement.compare(Broken(), lambda x: [Broken()(x)], IMAGES)
+
+
 @pytest.mark.parametrize(
     ("runner", "message"),
     [
