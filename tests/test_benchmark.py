@@ -37,11 +37,25 @@ def rows(*speedups: float) -> list[Row]:
         ((1.0,), ["no gain"]),
         ((0.9,), ["slower"]),
         ((0.9, 1.0, 1.3), ["slower; pays from batch 4", "no gain; pays from batch 4", "pays"]),
-        ((1.3, 0.9), ["pays", "slower"]),
+        ((1.3, 0.9), ["pays", "slower; pays at batch 1"]),
+        ((0.9, 1.2, 0.9), ["slower; pays at batch 2", "pays", "slower; pays at batch 2"]),
+        (
+            (1.2, 1.0, 1.3, 0.9),
+            ["pays", "no gain; pays at batch 1, 4", "pays"] + ["slower; pays at batch 1, 4"],
+        ),
+        (
+            (0.9, 1.2, 1.0, 1.1),
+            ["slower; pays from batch 8", "pays", "no gain; pays from batch 8", "pays"],
+        ),
     ],
 )
 def test_the_verdict_is_plain(speedups: tuple[float, ...], verdicts: list[str]) -> None:
     assert [row.verdict for row in judged(rows(*speedups))] == verdicts
+
+
+def test_the_order_of_the_batches_is_nothing_to_the_verdict() -> None:
+    small, middle, large = rows(0.9, 1.2, 1.3)
+    assert judged([large, small, middle])[1].verdict == "slower; pays from batch 2"
 
 
 def test_another_method_does_not_lend_its_verdict() -> None:
@@ -144,3 +158,20 @@ def test_a_mode_that_is_not_to_be_had_is_refused(mode: str, says: str) -> None:
     model = demo.load().model
     with pytest.raises(OptionError, match=says):
         bench(model, {}, input_size=(1, 28, 28), modes=(mode,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"rounds": 1}, "rounds is 1; give at least 2"),
+        ({"modes": "compile"}, "modes is 'compile'; give a list"),
+        ({"batches": 8}, "batches is 8; give a list"),
+        ({"dtypes": torch.bfloat16}, "dtypes is torch.bfloat16; give a list"),
+        ({"input_size": 28}, "input_size is 28; give channels, height and width"),
+        ({"input_size": (28, 28)}, r"input_size is \(28, 28\); give channels"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], says: str) -> None:
+    given = {"input_size": (1, 28, 28), "batches": (1,), "seconds": 0} | arguments
+    with pytest.raises(OptionError, match=says):
+        bench(demo.load().model, {}, **given)

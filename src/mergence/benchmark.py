@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mergence.api import apply, describe, remove
 from mergence.devices import convolutions_tried, described, synchronise, warn_of_slow_type
 from mergence.errors import OptionError
-from mergence.evaluation import DENSE, runs_of
+from mergence.evaluation import DENSE, check_several, runs_of
 from mergence.profiling import PARTS, Profile, parts_of
 from mergence.program import require_images_alone
 from mergence.recipe import Recipe, make
@@ -119,19 +119,20 @@ def bench(
         modes: `eager`, `compile`, `cudagraphs`.
         device: Where to run.
         seconds: Keep taking turns for so long in each setting ...
-        rounds: ... but take at least so many.
+        rounds: ... but take at least so many, two or more.
         profile: Say for each type and batch size also where the time goes, part by part. This is
             measured apart, in as many turns, and in eager mode: a compiled forward has no parts.
         model_name: Goes into the result.
         progress: Called after each setting with 1, and after each profile.
 
     Raises:
-        OptionError: A mode is unknown, or not to be had on this device; or a recipe is called
-            `dense`.
+        OptionError: A mode is unknown, or not to be had on this device; a recipe is called `dense`;
+            or an argument is of another form.
         MergenceError: A recipe does not fit the model.
     """
     device = torch.device(device)
-    _check(modes, device)
+    check_several(batches=batches, dtypes=dtypes, modes=modes)
+    _check(modes, device, input_size, rounds)
     runs = runs_of(recipes)
     require_images_alone(model)
     rows: list[Row] = []
@@ -179,11 +180,12 @@ def judged(rows: Iterable[Row]) -> list[Row]:
             return ""
         same = (row.name, row.dtype, row.mode)
         series = [r for r in rows if (r.name, r.dtype, r.mode) == same]
-        paying = [r.batch for r in series if r.speedup >= PAYS]
+        paying = sorted(r.batch for r in series if r.speedup >= PAYS)
         if row.speedup >= PAYS:
             return "pays"
         text = "slower" if row.speedup < SLOWER else "no gain"
-        larger = [batch for batch in paying if batch > row.batch]
+        last = max(r.batch for r in series if r.speedup < PAYS)
+        larger = [batch for batch in paying if batch > last]
         here = (row.batch, row.dtype, row.mode)
         stronger = [
             r
@@ -194,7 +196,9 @@ def judged(rows: Iterable[Row]) -> list[Row]:
             and r.speedup >= PAYS
         ]
         if larger:
-            text += f"; pays from batch {min(larger)}"
+            text += f"; pays from batch {larger[0]}"
+        elif paying:
+            text += f"; pays at batch {', '.join(map(str, paying))}"
         if stronger:
             text += f"; use {max(stronger, key=lambda r: r.macs_ratio).name} instead"
         return text
@@ -202,7 +206,13 @@ def judged(rows: Iterable[Row]) -> list[Row]:
     return [Row(**{**asdict(row), "verdict": verdict(row)}) for row in rows]
 
 
-def _check(modes: Sequence[str], device: torch.device) -> None:
+def _check(modes: Sequence[str], device: torch.device, size: object, rounds: int) -> None:
+    if not isinstance(size, Sequence) or len(size) != 3:
+        raise OptionError(
+            f"input_size is {size!r}; give channels, height and width, for example (3, 224, 224)."
+        )
+    if rounds < 2:
+        raise OptionError(f"rounds is {rounds}; give at least 2, which is what quartiles need.")
     for mode in modes:
         if mode not in MODES:
             raise OptionError(f"mode '{mode}' is unknown; choose from {', '.join(MODES)}.")

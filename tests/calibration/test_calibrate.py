@@ -245,6 +245,7 @@ def test_images_of_two_sizes_are_refused(model: nn.Module, batches: list[Batch])
         ({}, "Say what to calibrate for"),
         ({"budgets": [0.7], "latency": 0.7}, "Say what to calibrate for"),
         ({"budgets": [1.2]}, "budgets holds 1.2"),
+        ({"budgets": 0.6}, "budgets is 0.6; give a list"),
         ({"latency": 0.0}, "latency holds 0"),
         ({"budgets": [0.7], "points": 0}, "points is 0"),
         ({"budgets": [0.7], "images": 0}, "images is 0"),

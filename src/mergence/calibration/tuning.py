@@ -30,6 +30,7 @@ from mergence.distances import (
     tempered_kl_divergence,
 )
 from mergence.errors import DataError, OptionError, ScheduleError
+from mergence.evaluation import check_several
 from mergence.method import Method, build
 from mergence.program import program_of, require_images_alone
 from mergence.recipe import Recipe
@@ -102,6 +103,7 @@ def calibrate(
     method = build(method, {}) if isinstance(method, str) else method
     if method.coarse is None:
         method = dataclasses.replace(method, coarse=0.0)  # recipes with counts say everything
+    check_several(budgets=budgets)
     _check(method, budgets, latency, points, images, trials)
     warn_of_slow_type(torch.device(device), dtype)
     model = model.to(device=device, dtype=dtype)
