@@ -41,7 +41,7 @@ def rows(*speedups: float) -> list[Row]:
         ((0.9, 1.2, 0.9), ["slower; pays at batch 2", "pays", "slower; pays at batch 2"]),
         (
             (1.2, 1.0, 1.3, 0.9),
-            ["pays", "no gain; pays at batch 1, 4", "pays"] + ["slower; pays at batch 1, 4"],
+            ["pays", "no gain; pays at batch 1, 4", "pays", "slower; pays at batch 1, 4"],
         ),
         (
             (0.9, 1.2, 1.0, 1.1),

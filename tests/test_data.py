@@ -126,6 +126,14 @@ def test_other_names_map_in_sorted_order_when_the_number_agrees(folder: Path) ->
     assert opened(folder, num_classes=3).labels == opened(folder).labels
 
 
+def test_classes_that_are_called_as_the_models_are_no_surprise(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    names = ["ant", "crane", "crane"]  # of ImageNet's classes two are cranes
+    assert opened("synthetic:4", class_names=names).labels == [0, 1, 2, 0]
+    assert not recwarn.list
+
+
 def test_a_name_that_two_classes_share_matches_neither(folder: Path) -> None:
     with pytest.raises(DataError, match=r"3 class folders.*4 classes"):
         opened(folder, class_names=["ant", "bee", "cat", "cat"])
