@@ -103,6 +103,10 @@ def test_what_transformers_cannot_give_is_explained(
     with pytest.raises(CheckpointError, match=r"'hf:nobody/nothing' cannot be had.*save_pretr"):
         load_model("hf:nobody/nothing")
     folder = saved(FAMILY.tiny()["vit"](), tmp_path)
+    (folder / "preprocessor_config.json").unlink()  # as in a folder of mergence.save
+    with pytest.raises(CheckpointError, match=r"no image processor.*\.save_pretrained\("):
+        load_model(f"hf:{folder}")
+    saved(FAMILY.tiny()["vit"](), tmp_path)
     (folder / "model.safetensors").write_bytes(b"garbage")
     with pytest.raises(CheckpointError, match="cannot be had"):
         load_model(f"hf:{folder}")

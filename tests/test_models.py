@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import timm
@@ -111,6 +112,16 @@ def test_an_unknown_name_comes_with_the_fix(spec: str, message: str) -> None:
         load_model(spec)
 
 
+def test_a_folder_of_the_other_library_is_sent_there(hub_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"a model of timm. Use 'local-dir:{hub_folder}'"):
+        load_model(f"hf:{hub_folder}")
+    (tmp_path / "config.json").write_text('{"architectures": ["ViTModel"], "model_type": "vit"}')
+    with pytest.raises(CheckpointError, match=f"a model of transformers. Use 'hf:{tmp_path}'"):
+        load_model(f"local-dir:{tmp_path}")
+    with pytest.raises(UnknownNameError, match=f"use 'hf:{tmp_path}'"):
+        load_model(str(tmp_path))
+
+
 def truncate(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100_000])
@@ -146,6 +157,31 @@ def test_a_checkpoint_for_another_model_names_the_keys(tmp_path: Path) -> None:
     message = str(raised.value)
     assert "1 missing (norm.bias); 1 unexpected (extra); 2 of another shape" in message
     assert "head.weight [5, 64] instead of [1000, 64]" in message
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_the_arguments_that_training_scripts_save_beside_the_weights_are_no_code(
+    key: str, tmp_path: Path
+) -> None:
+    """timm's train.py and DeiT's main.py."""
+    state = timm.create_model(TINY).state_dict()
+    content = {key: state, "args": argparse.Namespace(lr=1e-3, output=None), "epoch": 3}
+    torch.save(content, tmp_path / "last.pth.tar")
+    model = load_model(f"timm:{TINY}", checkpoint=tmp_path / "last.pth.tar").model
+    assert torch.equal(model.state_dict()["norm.bias"], state["norm.bias"])
+
+
+def test_what_a_checkpoint_holds_beside_tensors_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "run.pth"
+    content = {"model": {}, "args": argparse.Namespace(output=PurePosixPath("a"))}
+    for legacy, says in ((False, "it holds pathlib.PurePosixPath"), (True, "damaged, or holds")):
+        torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(CheckpointError) as raised:
+            load_model(f"timm:{TINY}", checkpoint=file)
+        message = str(raised.value)
+        assert says in message
+        assert "torch.save(model.state_dict(), F)" in message
+        assert message.isprintable()
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:

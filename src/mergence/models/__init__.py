@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mergence.errors import MissingExtraError, UnknownNameError
 from mergence.models import _open_clip, _timm, _torchvision, _transformers
-from mergence.models._loaded import Built, LoadedModel
+from mergence.models._loaded import Built, LoadedModel, source_of
 from mergence.models._timm import DEMO_MODEL
 from mergence.models._weights import load_weights
 
@@ -31,7 +31,8 @@ def load_model(spec: str, *, checkpoint: str | Path | None = None) -> LoadedMode
 
     Args:
         spec: Where the model comes from and what it is called.
-        checkpoint: A .safetensors file, or a PyTorch file of tensors only, with weights for it.
+        checkpoint: A file with weights for it: .safetensors, or PyTorch's with tensors and plain
+            values only.
 
     Raises:
         UnknownNameError: No such source, or no such model in it.
@@ -76,8 +77,8 @@ def _unknown_source(spec: str) -> UnknownNameError:
     source, colon, name = spec.partition(":")
     known = ", ".join(s.form for s in _SOURCES.values())
     close = difflib.get_close_matches(source, _SOURCES, n=1)
-    if Path(spec).expanduser().is_dir():
-        fix = f"For this folder use 'local-dir:{spec}'."
+    if (folder := Path(spec).expanduser()).is_dir():
+        fix = f"For this folder use '{source_of(folder) or 'local-dir'}:{spec}'."
     elif close:
         fix = f"Did you mean '{close[0]}{colon}{name}'?"
         if close[0] == source:

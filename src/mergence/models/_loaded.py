@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,3 +66,13 @@ class Built:
     model: nn.Module
     weights: Path | None
     describe: Callable[[nn.Module, str], LoadedModel]
+
+
+def source_of(folder: Path) -> str | None:
+    """The source that loads the model of a folder, by its config.json; None where it says none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    keys = config.keys() if isinstance(config, dict) else ()
+    return "local-dir" if "architecture" in keys else "hf" if "architectures" in keys else None

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from mergence.errors import CheckpointError, UnknownNameError, UnsupportedModelError
-from mergence.models._loaded import Built, LoadedModel
+from mergence.models._loaded import Built, LoadedModel, source_of
 from mergence.models._weights import first_line
 
 DEMO_MODEL = Path(__file__).parents[1] / "assets" / "vit_fashion_mnist"
@@ -51,6 +51,8 @@ def local_dir(path: str, checkpoint: Path | None) -> Built:
             f"'{folder}' has no config.json. Pass a folder in timm's hub layout: config.json, "
             f"which names the architecture, and {_HUB_WEIGHTS[0]}."
         )
+    if source_of(folder) == "hf":
+        raise CheckpointError(f"'{folder}' holds a model of transformers. Use 'hf:{path}'.")
     try:
         model: nn.Module = timm.create_model(f"local-dir:{folder}")
     except Exception as error:  # whatever timm makes of a file that can hold anything

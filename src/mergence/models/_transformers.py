@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mergence.errors import CheckpointError, MissingExtraError, UnsupportedModelError
-from mergence.models._loaded import Built, LoadedModel
+from mergence.models._loaded import Built, LoadedModel, source_of
 from mergence.models._weights import first_line, read_weights, require_weights
 
 if TYPE_CHECKING:
@@ -40,11 +40,22 @@ def named(name: str, checkpoint: Path | None) -> Built:
 
     folder = Path(name).expanduser()
     place = str(folder) if folder.is_dir() else name
+    if source_of(folder) == "local-dir":
+        raise CheckpointError(f"'{folder}' holds a model of timm. Use 'local-dir:{name}'.")
     try:
         config: Any = transformers.AutoConfig.from_pretrained(place)
-        processor: Any = transformers.AutoImageProcessor.from_pretrained(place)
     except Exception as error:  # whatever transformers, the hub client and the network raise
         raise _unavailable(name, error) from error
+    try:
+        processor: Any = transformers.AutoImageProcessor.from_pretrained(place)
+    except Exception as error:
+        if not folder.is_dir():
+            raise _unavailable(name, error) from error
+        raise CheckpointError(
+            f"'{folder}' has no image processor that transformers can load ({first_line(error)}). "
+            "Put that of the original model there: "
+            f"AutoImageProcessor.from_pretrained(ORIGINAL).save_pretrained('{folder}')."
+        ) from error
     cls = _class(name, config)
     if checkpoint is None:
         source, options = place, {}

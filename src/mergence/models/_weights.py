@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from mergence.errors import CheckpointError
 
 _HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where training scripts keep the weights in their files, the better ones first."""
+_ARGUMENTS: list[Any] = [Namespace]
+"""What timm and DeiT save beside the weights: it holds values, and runs nothing."""
 
 
 def load_weights(model: nn.Module, file: Path, spec: str) -> None:
@@ -58,16 +62,18 @@ def read_weights(file: Path, spec: str) -> dict[str, Any]:
         return _read(file)
     except Exception as error:  # damaged bytes fail in as many ways as the readers have
         raise CheckpointError(
-            f"'{file}' cannot be read as weights ({type(error).__name__}: {first_line(error)}). "
-            "It must be an undamaged .safetensors file, or a PyTorch file that holds tensors only "
-            "(code in a file from elsewhere is never run). Download or save it again."
+            f"'{file}' cannot be read as weights ({_problem(file, error)}). It must be an "
+            "undamaged .safetensors file, or a PyTorch file that holds tensors only (code in a "
+            "file from elsewhere is never run). Download it again, or save the weights alone: "
+            "torch.save(model.state_dict(), F)."
         ) from error
 
 
 def _read(file: Path) -> dict[str, Any]:
     if file.suffix == ".safetensors":
         return load_file(file)
-    content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(_ARGUMENTS):
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
     state: dict[str, Any] = next((content[key] for key in _HOLDERS if key in content), content)
     # What DistributedDataParallel and torch.compile put in front.
     return {key.removeprefix("module.").removeprefix("_orig_mod."): v for key, v in state.items()}
@@ -89,6 +95,18 @@ def require_weights(info: Mapping[str, Any], place: str, kind: str) -> None:
             f"'{place}' holds no weights for {len(missing)} parameters of {kind} ({missing[0]}, "
             "...), which would stay random. Use a checkpoint that was saved from this class."
         )
+
+
+def _problem(file: Path, error: Exception) -> str:
+    """Why a file cannot be read; torch itself would say how to run what is in it."""
+    if not isinstance(error, UnpicklingError):
+        return f"{type(error).__name__}: {first_line(error)}"
+    try:
+        with torch.serialization.safe_globals(_ARGUMENTS):
+            held = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # an older format, or damaged bytes
+        held = []
+    return f"it holds {_few(sorted(held))}" if held else "it is damaged, or holds more than tensors"
 
 
 def _few(names: list[str]) -> str:
