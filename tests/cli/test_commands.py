@@ -193,6 +193,52 @@ def test_a_single_value_is_refused_before_the_folders_are_counted(
         run("eval", "demo", "--data", "demo", "--macs", "0.5")
 
 
+@pytest.mark.parametrize("command", ["export", "visualize"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--macs", "0.7", "--macs", "0.5"), r"mergence@0\.7, mergence@0\.5.*takes one"),
+        (("--macs", "0.7", "--method", "tome", "--method", "topk"), "tome, topk.*takes one"),
+        (("--recipe", "a.json", "--recipe", "b.json"), "a, b.*takes one"),
+        (("--recipe", "a.json", "--method", "tome"), "Give only one"),
+    ],
+)
+def test_a_command_of_one_reduction_drops_no_other(
+    command: str,
+    options: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        make(macs=0.5).save(f"{name}.json")
+    out = {"export": ["--out", "m.onnx"], "visualize": ["x.png", "--out", "m.png"]}[command]
+    with pytest.raises(MergenceError, match=message):
+        run(command, "demo", *out, *options)
+
+
+def test_calibrate_takes_a_budget_once_and_none_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def asked(*_: object, budgets: list[float], **__: object) -> None:
+        raise Asked(*budgets)
+
+    monkeypatch.setattr("mergence.calibration.calibrate", asked)
+    monkeypatch.chdir(tmp_path)
+    for options, budgets in [
+        (("--macs", "0.7", "--macs", "0.5"), (0.7, 0.5)),
+        (("--macs", "0.7", "--macs", "0.7"), (0.7,)),
+        (("--budgets", "0.7,0.50,0.7,0.5"), (0.7, 0.5)),
+    ]:
+        with pytest.raises(Asked) as found:
+            run("calibrate", "demo", "--data", "demo", "--images", "2", *options)
+        assert found.value.args == budgets
+
+
 @pytest.mark.slow
 def test_calibrate_writes_a_family_of_recipes_and_their_frontier(
     images: Path, tmp_path: Path
@@ -216,6 +262,7 @@ def test_calibrate_writes_a_family_of_recipes_and_their_frontier(
     [
         ((), "Nothing says how much work may be left"),
         (("--macs", "0.7", "--latency", "0.7"), "--macs and --latency says"),
+        (("--macs", "0.7", "--budgets", "0.5"), "--macs and --budgets says"),
         (("--budgets", "0.7;0.5"), "no list of numbers"),
         (("--macs", "1.7"), "budgets holds 1.7"),
         (("--macs", "0.7", "--out", "no/such/folder/r.json"), "there is no folder"),

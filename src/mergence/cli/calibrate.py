@@ -27,7 +27,7 @@ def calibrate(
             metavar="DIR", help="A folder or a .zip of images, or demo. Labels are not looked at."
         ),
     ],
-    macs: o.Macs = None,
+    macs: o.ManyMacs = None,
     latency: Annotated[
         float | None, typer.Option(help="Share of the dense time on this device to meet instead.")
     ] = None,
@@ -115,8 +115,8 @@ def calibrate(
     _table(result, model)
 
 
-def _shares(macs: float | None, latency: float | None, budgets: str | None) -> list[float]:
-    given = {"--macs": macs, "--latency": latency, "--budgets": budgets}
+def _shares(macs: list[float] | None, latency: float | None, budgets: str | None) -> list[float]:
+    given = {"--macs": macs or None, "--latency": latency, "--budgets": budgets}
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
         raise OptionError(
@@ -124,9 +124,9 @@ def _shares(macs: float | None, latency: float | None, budgets: str | None) -> l
             "of --macs 0.67, --latency 0.7 or --budgets 0.8,0.67,0.5."
         )
     if budgets is None:
-        return [] if macs is None else [macs]
+        return list(dict.fromkeys(macs or ()))
     try:
-        return [float(part) for part in budgets.split(",") if part.strip()]
+        return list(dict.fromkeys(float(part) for part in budgets.split(",") if part.strip()))
     except ValueError as problem:
         raise OptionError(
             f"--budgets {budgets} is no list of numbers; give shares such as 0.8,0.67,0.5."

@@ -47,7 +47,7 @@ def export(
     json: o.Json = None,
 ) -> None:
     """Write a reduced model as ONNX, torch.export or AOTInductor, checked before it is kept."""
-    check_json(json, out, recipe)
+    check_json(json, out, *recipe or ())
     chosen = o.recipe_of(method, recipe, macs, keep_rate, set_, o.saved_in(model, checkpoint))
     from mergence.api import apply
     from mergence.data import loader, open_images

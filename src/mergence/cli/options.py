@@ -33,12 +33,14 @@ Methods = Annotated[
 Recipes = Annotated[
     list[Path] | None, typer.Option("--recipe", help="A recipe file. May be given several times.")
 ]
+# Lists, too, so that one that is given twice is noticed: see `recipe_of`.
 OneMethod = Annotated[
-    str | None, typer.Option("--method", help="A method's name; mergence if unset.")
+    list[str] | None, typer.Option("--method", help="A method's name; mergence if unset.")
 ]
-OneRecipe = Annotated[Path | None, typer.Option("--recipe", help="A recipe file instead.")]
+OneRecipe = Annotated[list[Path] | None, typer.Option("--recipe", help="A recipe file instead.")]
 Macs = Annotated[
-    float | None, typer.Option(help="Share of the dense MACs to keep, for example 0.67.")
+    list[float] | None,
+    typer.Option("--macs", help="Share of the dense MACs to keep, for example 0.67."),
 ]
 ManyMacs = Annotated[
     list[float] | None,
@@ -194,9 +196,9 @@ def recipes_of(
 
 
 def recipe_of(
-    method: str | None,
-    file: Path | None,
-    macs: float | None,
+    methods: Sequence[str] | None,
+    files: Sequence[Path] | None,
+    macs: Sequence[float] | None,
     keep_rate: float | None,
     settings: Sequence[str] | None,
     saved: Path | None,
@@ -204,14 +206,17 @@ def recipe_of(
     """Turn the reduction options of a command that takes one recipe into it; see `recipes_of`.
 
     Raises:
-        OptionError: The options contradict each other.
+        OptionError: The options contradict each other, or are for several recipes.
     """
-    if method and file:
+    if methods and files:
         raise OptionError("--method and --recipe each say how to reduce. Give only one of them.")
-    methods, files = [method] if method else [], [file] if file else []
-    share = None if macs is None else [macs]
-    (recipe,) = recipes_of(methods, files, share, keep_rate, settings, saved).values()
-    return recipe
+    recipes = recipes_of(methods, files, macs, keep_rate, settings, saved)
+    if len(recipes) > 1:
+        raise OptionError(
+            f"The options say {len(recipes)} ways to reduce ({', '.join(recipes)}), and this "
+            "command takes one. Give one --method and --macs, or one --recipe."
+        )
+    return next(iter(recipes.values()))
 
 
 def settings_of(settings: Sequence[str] | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def visualize(
     json: o.Json = None,
 ) -> None:
     """Draw which tokens stay and what is merged into what, block by block."""
-    check_json(json, out, recipe)
+    check_json(json, out, *recipe or ())
     if out.resolve() in [path.resolve() for path in image]:
         raise OptionError(f"--out {out}: that is an image to draw. Name another file.")
     from mergence import visualize
