@@ -92,8 +92,10 @@ WRONG: dict[str, tuple[Callable[[TokenView, int], Any], str]] = {
     "fewer slots": (lambda t, s: kept(t, s - 1), "made 24 slots where 25"),
     "no plan": (lambda t, s: None, "NoneType in place of a MergePlan"),
     "numbers": (lambda t, s: replace(kept(t, s), slot=t.size), "slots of torch.float32"),
-    "short": (lambda t, s: replace(kept(t, s), weight=t.size[:, 1:]), r"weight is \[1, 35\]"),
+    "weights": (lambda t, s: replace(kept(t, s), weight=t.size.long()), "weights of torch.int64"),
+    "short": (lambda t, s: replace(kept(t, s), weight=t.size[:, 1:]), r"weight is \[2, 35\]"),
     "one image": (lambda t, s: replace(kept(t, s), slot=kept(t, s).slot[0]), r"slot is \[36\]"),
+    "one for all": (lambda t, s: replace(kept(t, s), slot=kept(t, s).slot[:1]), r"slot is \[1, 36"),
     "too many": (lambda t, s: kept(t, 99), "99 of 36 tokens are to stay"),
 }
 
@@ -105,7 +107,7 @@ def test_a_wrong_plan_says_what_is_wrong(name: str, pairs: Any) -> None:
     model: nn.Module = family.registry()["timm"].tiny()["vit"]()
     mergence.apply(model, "pairs", schedule=[36, 25, 25, 25, 25, 25])
     with pytest.raises(PlanError, match=message):
-        model(torch.randn(1, 3, 96, 96))
+        model(torch.randn(2, 3, 96, 96))
 
 
 def test_what_cannot_be_a_method_is_refused_when_it_is_registered(pairs: Any) -> None:

@@ -180,13 +180,14 @@ def _checked(plan: Any, view: TokenView, slots: int, method: str) -> MergePlan:
         raise PlanError(f"Method '{method}' made a {type(plan).__name__} in place of a MergePlan.")
     if plan.slots != slots:
         raise PlanError(f"Method '{method}' made {plan.slots} slots where {slots} were asked for.")
-    tokens = int(view.size.shape[1])
     for name, value in (("slot", plan.slot), ("weight", plan.weight)):
-        if value.ndim != 2 or int(value.shape[1]) != tokens:
+        if value.shape != view.size.shape:
             raise PlanError(
                 f"Method '{method}' made a plan whose {name} is {list(value.shape)}; it must be "
-                f"[B, {tokens}], one number a token."
+                f"{list(view.size.shape)}, one number for each token of each image."
             )
     if plan.slot.dtype != torch.int64:
         raise PlanError(f"Method '{method}' made slots of {plan.slot.dtype}; give int64.")
+    if not plan.weight.is_floating_point():
+        raise PlanError(f"Method '{method}' made weights of {plan.weight.dtype}; give floats.")
     return plan
