@@ -136,3 +136,33 @@ def test_gradients_are_those_of_the_dense_operator(
         found.append([leaf.grad for leaf in (*leaves, weight)])
     for value, expected in zip(*found, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep_norm", [False, True])
+@pytest.mark.parametrize("other", [fused, cpu], ids=["fused", "cpu"])
+def test_second_derivatives_are_those_of_the_dense_operator(
+    place: torch.device, other: ModuleType, keep_norm: bool
+) -> None:
+    slot = torch.tensor([[DROPPED, 0, 1, 2, 3, 4, 4, 3, 3, 1, 0, 4]], device=place).expand(2, 12)
+    towards, weight = torch.randn(2, 6, 24, device=place), torch.rand(2, 12, device=place) + 0.1
+    leaves = tokens((2, 13, 24), torch.float32, place), torch.ones_like(weight), weight
+    found = []
+    for implementation in (other, dense):
+        x, ones, weight = (t.clone().requires_grad_() for t in leaves)
+        plan = MergePlan(slot, weight, 5, keep_norm)
+        merged, size = implementation.merge(x, ones, plan, 1)
+        energy = (merged.square() * towards).sum() + size.square().sum()
+        first = torch.autograd.grad(energy, (x, ones, weight), create_graph=True)
+        torch.stack([grad.square().sum() for grad in first]).sum().backward()
+        found.append([x.grad, ones.grad, weight.grad])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_a_hook_on_the_tokens_sees_their_gradient_once(place: torch.device) -> None:
+    plan = random_plan(1, 6, 3, place, keep_norm=False)
+    x = tokens((1, 6, 8), torch.float32, place).requires_grad_()
+    seen: list[Tensor] = []
+    x.register_hook(seen.append)
+    merged, _ = fused.merge(x, torch.ones_like(plan.weight), plan)
+    merged.sum().backward()
+    assert len(seen) == 1

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mergence import ops
 from mergence.ops import fused
@@ -142,3 +143,19 @@ def test_what_is_exported_runs_the_operators_for_any_device() -> None:
 
     torch.export.export(Model(), (torch.zeros(1),), strict=False)
     assert set(taken) == {ops.dense}
+
+
+def test_forward_derivatives_are_those_of_a_mapped_function(place: torch.device) -> None:
+    x, towards = torch.randn(2, 2, 5, 16, device=place).unbind()
+    slot = torch.tensor([[0, 1, 1, 0]], device=place).expand(2, 4)
+    size = torch.ones(2, 4, device=place)
+    plan = MergePlan(slot, size, 2, keep_norm=True)
+
+    def merged(x: Tensor) -> Tensor:
+        return ops.merge(x, size, plan, 1)[0]
+
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(merged(forward_ad.make_dual(x, towards))).tangent
+    expected = torch.func.jvp(merged, (x,), (towards,))[1]
+    assert found is not None
+    torch.testing.assert_close(found, expected)

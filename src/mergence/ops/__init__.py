@@ -14,6 +14,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mergence.ops import cpu, dense, fused
 from mergence.plan import MergePlan
@@ -154,11 +155,13 @@ def _implementation(x: Tensor) -> ModuleType:
 def _without_scatter() -> bool:
     """Whether a graph is recorded for elsewhere, where there is no mergence and no Triton.
 
-    Or torch.func maps a function over images, which cannot scatter into what is not mapped.
+    Or torch.func maps a function over images, which cannot scatter into what is not mapped. Or
+    derivatives are carried forward, which neither kernels nor sums of rows that are looked up do.
     """
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     mapping = torch._C._functorch.peek_interpreter_stack() is not None
-    return tracing or mapping or torch.compiler.is_exporting()
+    forward = forward_ad._current_level >= 0
+    return tracing or mapping or forward or torch.compiler.is_exporting()
 
 
 # Asked once, while a graph is made, and not compiled: torch 2.11 tells what it compiles that it is

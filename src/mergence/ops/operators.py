@@ -29,13 +29,21 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor, grad_size: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of the dense operator, which is run again for them."""
+    """The gradients of the dense operator, which is run again for them.
+
+    They can be differentiated again where torch records a backward.
+    """
     slots, prefix, keep_norm = ctx.options
+    record = torch.is_grad_enabled()
+    x, size, slot, weight = ctx.saved_tensors
     with torch.enable_grad():
-        x, size, slot, weight = (t.detach() for t in ctx.saved_tensors)
-        inputs = [t.requires_grad_() for t in (x, size, weight)]
-        outputs = dense.merge(x, size, MergePlan(slot, weight, slots, keep_norm), prefix)
-    x_grad, size_grad, weight_grad = torch.autograd.grad(outputs, inputs, (grad, grad_size))
+        # Views lead on to what was saved, whose own hooks are not for a gradient in between.
+        inputs = [t.view_as(t).requires_grad_() for t in (x, size, weight)]
+        plan = MergePlan(slot, inputs[2], slots, keep_norm)
+        outputs = dense.merge(inputs[0], inputs[1], plan, prefix)
+    x_grad, size_grad, weight_grad = torch.autograd.grad(
+        outputs, inputs, (grad, grad_size), create_graph=record
+    )
     return x_grad, size_grad, None, weight_grad, None, None, None
 
 
