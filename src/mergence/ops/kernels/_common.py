@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,9 +33,17 @@ def power_of_2(n: int) -> int:
     return 1 << (int(n) - 1).bit_length()
 
 
-def launched(kernel: Any, x: Tensor) -> Any:
-    """The kernel to launch for `x`: where x is no plain tensor, what puts it into the graph."""
-    return kernel if type(x) is Tensor or INTERPRETED else wrap_triton(kernel)
+def launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **options: Any) -> None:
+    """Launch a kernel on the device of `x`, its first argument, or put it into the graph of `x`.
+
+    Programs are along one axis, on which CUDA takes 2^31 - 1 and on others 65535. Those that read
+    the same come one after the other, so that it is still in the cache.
+    """
+    if type(x) is not Tensor and not INTERPRETED:
+        wrap_triton(kernel)[(programs,)](x, *arguments, **options)
+        return
+    with torch.cuda.device_of(x):  # Triton takes the current device, whatever x is on
+        kernel[(programs,)](x, *arguments, **options)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mergence.ops.kernels._common import INTERPRETED, blocks, launched, power_of_2, product, rowwise
+from mergence.ops.kernels._common import INTERPRETED, blocks, launch, power_of_2, product, rowwise
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -20,7 +20,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     out = q.new_empty(batch, tokens, heads, dim)
     # Short blocks of keys leave registers for more programs at a time: found by trying on an H200.
     rows, columns = 64 if tokens > 32 else 32, 32
-    launched(_attend, q)[(blocks(tokens, rows), batch * heads)](
+    launch(
+        _attend,
+        blocks(tokens, rows) * batch * heads,
         q,
         k,
         v,
@@ -50,7 +52,9 @@ def attention_of_row(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) ->
     q, k = rowwise(q), rowwise(k)
     out = torch.empty(batch, heads, tokens, device=q.device)
     length = power_of_2(tokens)
-    launched(_attention_of_row, k)[(heads, batch)](
+    launch(
+        _attention_of_row,
+        heads * batch,
         q,
         k,
         q if bias is None else rowwise(bias),
@@ -98,8 +102,10 @@ def _attend(
     COLUMNS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    image, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    i, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    program, along = tl.program_id(0), tl.cdiv(tokens, ROWS)
+    image, head = program // along // heads, program // along % heads
+    image, head = image.to(tl.int64), head.to(tl.int64)
+    i, d = program % along * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     q += image * q_image + head * q_head
     k += image * k_image + head * k_head
     v += image * v_image + head * v_head
@@ -170,7 +176,8 @@ def _attention_of_row(
     LENGTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
-    head, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0)
+    image, head = (program // heads).to(tl.int64), (program % heads).to(tl.int64)
     n = tl.arange(0, LENGTH)
     there = n < tokens
     q += image * q_image + head * q_head

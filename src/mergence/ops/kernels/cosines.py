@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mergence.ops.kernels._common import INTERPRETED, blocks, launched, power_of_2, product, rowwise
+from mergence.ops.kernels._common import INTERPRETED, blocks, launch, power_of_2, product, rowwise
 
 
 def scales(x: Tensor) -> Tensor:
@@ -18,8 +18,18 @@ def scales(x: Tensor) -> Tensor:
     x = rowwise(x)
     scale = torch.empty(batch, tokens, device=x.device)
     rows, width = 8, power_of_2(channels)
-    launched(_scales, x)[(blocks(tokens, rows), batch)](
-        x, scale, tokens, channels, x.stride(0), x.stride(1), ROWS=rows, WIDTH=width, num_warps=4
+    launch(
+        _scales,
+        blocks(tokens, rows) * batch,
+        x,
+        scale,
+        tokens,
+        channels,
+        x.stride(0),
+        x.stride(1),
+        ROWS=rows,
+        WIDTH=width,
+        num_warps=4,
     )
     return scale
 
@@ -30,7 +40,9 @@ def nearest_above(x: Tensor, scale: Tensor, score: Tensor) -> Tensor:
     x, score = rowwise(x), score.contiguous()
     cosine = torch.empty_like(scale)
     tile = _tile(x, tokens, tokens)
-    launched(_nearest_above, x)[(blocks(tokens, tile["ROWS"]), batch)](
+    launch(
+        _nearest_above,
+        blocks(tokens, tile["ROWS"]) * batch,
         x,
         scale,
         score,
@@ -52,7 +64,9 @@ def nearest(x: Tensor, scale: Tensor, of: Tensor, among: Tensor) -> Tensor:
     if not found.numel():
         return found
     tile = _tile(x, of.shape[1], among.shape[1])
-    launched(_nearest, x)[(blocks(of.shape[1], tile["ROWS"]), batch)](
+    launch(
+        _nearest,
+        blocks(of.shape[1], tile["ROWS"]) * batch,
         x,
         scale,
         of,
@@ -97,8 +111,8 @@ def _scales(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    image = tl.program_id(1).to(tl.int64)
-    i, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    block, image = _place(tokens, ROWS)
+    i, c = block * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     token = tl.load(
         x + image * image_stride + i[:, None].to(tl.int64) * token_stride + c[None, :],
         (i < tokens)[:, None] & (c < channels)[None, :],
@@ -106,6 +120,13 @@ def _scales(
     ).to(tl.float32)
     norm = tl.sqrt(tl.sum(token * token, 1))
     tl.store(scale + image * tokens + i, 1.0 / tl.maximum(norm, 1e-12), i < tokens)
+
+
+@triton.jit
+def _place(n: tl.tensor, ROWS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Which block of n rows a program is for, and of which image."""
+    along = tl.cdiv(n, ROWS)
+    return tl.program_id(0) % along, (tl.program_id(0) // along).to(tl.int64)
 
 
 @triton.jit
@@ -159,11 +180,11 @@ def _nearest_above(
     STEP: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    image = tl.program_id(1).to(tl.int64)
+    block, image = _place(tokens, ROWS)
     x += image * image_stride
     scale += image * tokens
     score += image * tokens
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i = block * ROWS + tl.arange(0, ROWS)
     own = tl.load(score + i, i < tokens, other=0.0)
     own = tl.where(own == own, own, float("-inf"))
     best = tl.full([ROWS], -1.0, tl.float32)
@@ -199,12 +220,12 @@ def _nearest(
     STEP: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    image = tl.program_id(1).to(tl.int64)
+    block, image = _place(asked, ROWS)
     x += image * image_stride
     scale += image * tokens
     of += image * of_stride
     among += image * among_stride
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = block * ROWS + tl.arange(0, ROWS)
     i = tl.load(of + row, row < asked, other=tokens).to(tl.int32)
     best = tl.full([ROWS], -3.0, tl.float32)
     where = tl.zeros([ROWS], tl.int32)

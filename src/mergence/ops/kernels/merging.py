@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mergence.ops.kernels._common import launched, power_of_2, rowwise
+from mergence.ops.kernels._common import launch, power_of_2, rowwise
 
 
 def merge(
@@ -21,7 +21,9 @@ def merge(
     merged_size = size.new_empty(batch, slots)
     width = power_of_2(channels)
     length = power_of_2(tokens - prefix)
-    launched(_merge, x)[(prefix + slots, batch)](
+    launch(
+        _merge,
+        (prefix + slots) * batch,
         x,
         size.contiguous(),
         slot.contiguous(),
@@ -62,11 +64,12 @@ def _merge(
     KEEP_NORM: tl.constexpr,
 ) -> None:
     """One row of the output: a prefix token, or the mean of one slot."""
-    row, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    rows = prefix + slots
+    row, image = tl.program_id(0) % rows, (tl.program_id(0) // rows).to(tl.int64)
     channel = tl.arange(0, WIDTH)
     inside = channel < channels
     x += image * image_stride + channel
-    merged += (image * (prefix + slots) + row) * channels + channel
+    merged += (image * rows + row) * channels + channel
     if row < prefix:
         tl.store(merged, tl.load(x + row * token_stride, inside), inside)
     else:

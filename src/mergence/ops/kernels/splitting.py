@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mergence.ops.kernels._common import launched, power_of_2
+from mergence.ops.kernels._common import launch, power_of_2
 
 
 def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -17,7 +17,9 @@ def split(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     batch, tokens = score.shape
     order = torch.empty_like(score, dtype=torch.int64, memory_format=torch.contiguous_format)
     place = torch.empty_like(order)
-    launched(_split, score)[(batch,)](
+    launch(
+        _split,
+        batch,
         score.float().contiguous(),
         order,
         place,
