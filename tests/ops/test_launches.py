@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergence.ops import fused
+from mergence.plan import MergePlan
+
 KERNELS = {
     "attention": ("_attend", "_attention_of_row"),
     "cosines": ("_scales", "_nearest_above", "_nearest"),
@@ -74,3 +77,28 @@ def test_grids_have_one_axis(launches: Any) -> None:
         (31 * batch,),
         (batch,),
     ]
+
+
+def test_tokens_may_lie_far_apart(place: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    apart = 2**30 + 16  # numbers, as in a large batch with tokens first in memory
+    try:
+        memory = torch.empty(2 * apart + 48, dtype=torch.float16, device=place)
+    except RuntimeError:
+        pytest.skip("there are no 4 GiB to address; on a CPU next to nothing of them is touched")
+    if place.type == "cpu":
+        # The interpreter would copy all of it onto itself.
+        executor = import_module("triton.runtime.interpreter").GridExecutor
+        monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)
+    far = memory.as_strided((1, 3, 48), (48, apart, 1))
+    near = far.copy_(torch.randn(1, 3, 48)).contiguous()
+    q, k = (x.unflatten(2, (3, 16)).transpose(1, 2) for x in (far, near))
+    assert q.stride(2) == apart
+    ones, bias = torch.ones(1, 3, device=place), torch.zeros(1, 1, 1, 3, device=place)
+    plan = MergePlan(torch.tensor([[0, 1, 1]], device=place), ones, 2)
+    assert torch.equal(fused.merge(far, ones, plan)[0], fused.merge(near, ones, plan)[0])
+    nothing = MergePlan(plan.slot[:, :0], ones[:, :0], 0)
+    assert torch.equal(fused.merge(far, ones[:, :0], nothing, 3)[0], near)
+    y = fused.attend(q, q, q, bias, 0.0)
+    assert torch.equal(y, fused.attend(k, k, k, bias, 0.0))
+    row = fused.attention_of_row(q[:, :, :1], q, 0.25, None)
+    assert torch.equal(row, fused.attention_of_row(k[:, :, :1], k, 0.25, None))

@@ -153,7 +153,7 @@ def _tokens(
     there = (n < tokens)[:, None]
     if DIM < WIDTH:
         there = there & (d < DIM)[None, :]
-    return tl.load(x + n[:, None] * stride + d[None, :], there, other=0.0)
+    return tl.load(x + n[:, None].to(tl.int64) * stride + d[None, :], there, other=0.0)
 
 
 @triton.jit
@@ -187,7 +187,9 @@ def _attention_of_row(
         d = first + tl.arange(0, CHUNK)
         query = tl.load(q + d, d < dim, other=0.0).to(tl.float32)
         key = tl.load(
-            k + n[:, None] * k_token + d[None, :], there[:, None] & (d < dim)[None, :], other=0.0
+            k + n[:, None].to(tl.int64) * k_token + d[None, :],
+            there[:, None] & (d < dim)[None, :],
+            other=0.0,
         )
         logits += tl.sum(key.to(tl.float32) * query[None, :], 1)
     logits *= SCALE

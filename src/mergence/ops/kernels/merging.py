@@ -71,7 +71,7 @@ def _merge(
     x += image * image_stride + channel
     merged += (image * rows + row) * channels + channel
     if row < prefix:
-        tl.store(merged, tl.load(x + row * token_stride, inside), inside)
+        tl.store(merged, tl.load(x + row.to(tl.int64) * token_stride, inside), inside)
     else:
         n = tl.arange(0, LENGTH)
         at = image * tokens + n
@@ -89,7 +89,8 @@ def _merge(
         last = -1
         for _ in range(positive):
             last = tl.min(tl.where((share > 0) & (n > last), n, LENGTH), 0)
-            token = tl.load(x + (prefix + last) * token_stride, inside, other=0.0).to(tl.float32)
+            ahead = (prefix + last).to(tl.int64) * token_stride
+            token = tl.load(x + ahead, inside, other=0.0).to(tl.float32)
             mean += tl.sum(tl.where(n == last, share, 0.0), 0) * token
             if KEEP_NORM:
                 largest = tl.maximum(largest, tl.sum(token * token, 0))
