@@ -73,6 +73,16 @@ def test_keys_at_minus_infinity_have_no_weight(place: torch.device) -> None:
     assert relative(fused.attend(q, k, v, bias, 0.0), expected) < CLOSE[torch.float16]
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 9), (3, 1, 1, 1), (1, 1, 1, 1)], ids=str)
+def test_a_bias_is_broadcast(shape: tuple[int, int, int, int], place: torch.device) -> None:
+    q, k, v = packed((3, 2, 9, 16), torch.bfloat16, place)
+    bias = torch.randn(shape, device=place).bfloat16()
+    whole = bias.expand(3, 1, 1, 9).contiguous()
+    row = q[:, :, :1], k, 0.25
+    assert torch.equal(fused.attend(q, k, v, bias, 0.0), fused.attend(q, k, v, whole, 0.0))
+    assert torch.equal(fused.attention_of_row(*row, bias), fused.attention_of_row(*row, whole))
+
+
 def test_what_the_kernel_does_not_do_is_left_to_torch(place: torch.device) -> None:
     q, k, v = packed((1, 2, 9, 16), torch.bfloat16, place)
     bias, pairs = sizes(1, 9, torch.bfloat16, place), torch.randn(1, 2, 9, 9, device=place)

@@ -15,7 +15,8 @@ from mergence.ops.kernels._common import INTERPRETED, blocks, launch, power_of_2
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Attention with a bias on the keys; see `mergence.ops.attend`."""
     batch, heads, tokens, dim = q.shape
-    q, k, v, bias = rowwise(q), rowwise(k), rowwise(v), rowwise(bias)
+    q, k, v = rowwise(q), rowwise(k), rowwise(v)
+    bias = rowwise(bias.expand(batch, 1, 1, tokens))
     # Tokens before heads in memory, as the projection that follows reads them.
     out = q.new_empty(batch, tokens, heads, dim)
     # Short blocks of keys leave registers for more programs at a time: found by trying on an H200.
@@ -50,6 +51,8 @@ def attention_of_row(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) ->
     """Attention of one query; see `mergence.ops.attention_of_row`."""
     batch, heads, tokens, dim = k.shape
     q, k = rowwise(q), rowwise(k)
+    if bias is not None:
+        bias = rowwise(bias.expand(batch, 1, 1, tokens))
     out = torch.empty(batch, heads, tokens, device=q.device)
     length = power_of_2(tokens)
     launch(
@@ -57,7 +60,7 @@ def attention_of_row(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) ->
         heads * batch,
         q,
         k,
-        q if bias is None else rowwise(bias),
+        q if bias is None else bias,
         out,
         tokens,
         heads,
