@@ -102,3 +102,15 @@ def test_tokens_may_lie_far_apart(place: torch.device, monkeypatch: pytest.Monke
     assert torch.equal(y, fused.attend(k, k, k, bias, 0.0))
     row = fused.attention_of_row(q[:, :, :1], q, 0.25, None)
     assert torch.equal(row, fused.attention_of_row(k[:, :, :1], k, 0.25, None))
+
+
+def test_answers_are_float32_whatever_is_torchs_default(place: torch.device) -> None:
+    x = torch.rand(1, 9, 16, device=place)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        cosine = fused.Cosines(x).to_nearest_above(x[:, :, 0])
+        row = fused.attention_of_row(x[:, None, :1], x[:, None], 0.25, None)
+    finally:
+        torch.set_default_dtype(before)
+    assert (cosine.dtype, row.dtype) == (torch.float32, torch.float32)

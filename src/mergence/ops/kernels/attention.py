@@ -53,7 +53,7 @@ def attention_of_row(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) ->
     q, k = rowwise(q), rowwise(k)
     if bias is not None:
         bias = rowwise(bias.expand(batch, 1, 1, tokens))
-    out = torch.empty(batch, heads, tokens, device=q.device)
+    out = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     length = power_of_2(tokens)
     launch(
         _attention_of_row,

@@ -16,7 +16,7 @@ def scales(x: Tensor) -> Tensor:
     """One over the norm of each token; see `mergence.ops.fused`."""
     batch, tokens, channels = x.shape
     x = rowwise(x)
-    scale = torch.empty(batch, tokens, device=x.device)
+    scale = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
     rows, width = 8, power_of_2(channels)
     launch(
         _scales,
