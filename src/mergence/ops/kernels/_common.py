@@ -42,7 +42,8 @@ def launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **options: An
     if type(x) is not Tensor and not INTERPRETED:
         wrap_triton(kernel)[(programs,)](x, *arguments, **options)
         return
-    with torch.cuda.device_of(x):  # Triton takes the current device, whatever x is on
+    # Triton takes the current device, whatever x is on.
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         kernel[(programs,)](x, *arguments, **options)
 
 
