@@ -110,6 +110,24 @@ def test_counts_are_taken_as_they_are_or_scaled_to_another_resolution() -> None:
     assert counts_of(scaled, setting(49, 4)) == (49, 24, 12, 1)
 
 
+def test_scaled_counts_that_halve_can_be_followed_at_every_size() -> None:
+    halving = Counts(after=(18, 18, 9, 9, 5), of=36)
+    for patches in (side * side for side in range(1, 41)):
+        where = setting(patches, 5, fewest=lambda tokens: tokens - tokens // 2)
+        scaled = [count * patches / 36 for count in halving.after]
+        for count, wanted in zip(counts_of(halving, where), scaled, strict=True):
+            assert abs(count - wanted) <= 1
+        counts_of(halving, replace(where, align=8))
+
+
+def test_wrong_counts_stay_wrong_where_they_are_scaled() -> None:
+    half = setting(200, 2, fewest=lambda tokens: tokens - tokens // 2)
+    with pytest.raises(ScheduleError, match="wants 102 patch tokens, but only 100 are left"):
+        counts_of(Counts(after=(50, 51), of=100), half)
+    with pytest.raises(ScheduleError, match="Block 1 would go from 200 to 99"):
+        counts_of(Counts(after=(99, 99), of=200), half)
+
+
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("align", [4, 8, 16])
 @given(rate=st.floats(0.05, 1))

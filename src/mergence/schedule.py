@@ -220,7 +220,8 @@ class Counts(Schedule):
     Attributes:
         after: Patch tokens after each block, one number a block.
         of: The number of patches that the counts were made for, None for that of the model's own
-            input size. At another number of patches, another resolution, they are scaled.
+            input size. At another number of patches, another resolution, they are scaled, and
+            where the method cannot remove so many at once, as many as it can are removed.
     """
 
     kind: ClassVar[str] = "counts"
@@ -251,9 +252,13 @@ class Counts(Schedule):
         of = self.of or setting.own
         if of == setting.patches:
             return self.after
-        return tuple(
-            min(max(round(n * setting.patches / of), 1), setting.tokens) for n in self.after
-        )
+        left, counts = setting.tokens, []
+        for count in self.after:
+            scaled = min(max(round(count * setting.patches / of), 1), setting.tokens)
+            # Rounded by itself each, a count can fall below the half of the one before.
+            left = max(scaled, min(setting.fewest(left), left))
+            counts.append(left)
+        return tuple(counts)
 
 
 @dataclass(frozen=True, kw_only=True)
