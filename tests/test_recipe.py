@@ -160,8 +160,10 @@ def changed(**changes: Any) -> dict[str, Any]:
     [
         (changed(mergence_recipe=2), "format 2 .*reads formats up to 1. Upgrade"),
         (changed(mergence_recipe="new"), "format"),
+        (changed(mergence_recipe=True), "format True"),
         (changed(method={"method": "tome", "version": 99}), "version 99.*Upgrade"),
         (changed(method={"method": "tome", "version": "x"}), "version"),
+        (changed(method={"method": "tome", "version": True}), "whole number under 'version'"),
         (changed(method={"name": "tome"}), "method"),
         (changed(method={"method": "tme"}), "no method 'tme'.*Did you mean 'tome'"),
         (changed(method={"method": "tome", "power": 2}), "no option 'power'"),
@@ -173,6 +175,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(notes="by me"), "notes are 'by me'"),
         (changed(align="8"), "align is '8'"),
         (changed(align=0), "align is 0"),
+        (changed(align=True), "align is True"),
         ({}, "no mergence recipe.*Found: nothing"),
         ({"epochs": 3}, "no mergence recipe.*Found: epochs"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -211,20 +212,53 @@ def test_a_schedule_survives_json(schedule: Schedule) -> None:
     assert schedules.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
+NO_NUMBERS: list[tuple[type[Schedule], dict[str, Any], str]] = [
+    (KeepRate, {"keep_rate": "0.7"}, "keep_rate is '0.7'; give a number above 0"),
+    (KeepRate, {"keep_rate": True}, "keep_rate is True; give a number above 0"),
+    (KeepRate, {"every": True}, "every=True"),
+    (Constant, {"r": "5"}, "r is '5'; give the number"),
+    (Constant, {"r": True}, "r is True; give the number"),
+    (Constant, {"r": 10**400}, "r is 1000.*; give the number"),
+    (Ramp, {"span": None}, "span=None"),
+    (Ramp, {"span": math.inf}, "span=inf"),
+    (Ramp, {"end": True}, "end=True"),
+    (Counts, {"after": 5}, "after is 5; give a list"),
+    (Counts, {"after": "54"}, "after is '54'; give a list"),
+    (Counts, {"after": (5, True)}, "For block 2, Counts.after holds True"),
+    (Counts, {"after": (5,), "of": True}, "of is True"),
+    (Macs, {"macs": "0.5", "shape": KeepRate()}, "macs is '0.5'; give the share"),
+    (Macs, {"macs": True, "shape": KeepRate()}, "macs is True; give the share"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "message"), NO_NUMBERS, ids=str)
+def test_what_is_no_number_is_refused(kind: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        kind(**values)
+
+
+def test_a_block_is_named_by_a_number() -> None:
+    for schedule in (KeepRate(keep_rate=0.5, blocks=(True,)), Constant(r=2, first=True)):
+        with pytest.raises(ScheduleError, match="names block True; the model has blocks 1 to 12"):
+            schedule.tokens(setting())
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         ({}, "kind None; known kinds: keep_rate"),
         ({"kind": "linear"}, "kind 'linear'; known kinds"),
         ({"kind": "counts"}, "'counts' is not complete"),
-        ({"kind": "constant", "r": 2, "rr": 1}, "rr"),
+        ({"kind": "constant", "r": 2, "rr": 1}, "not complete, or holds more: .*'rr'"),
+        ({"kind": "constant", "r": True}, "'constant' is damaged: r is True; give"),
+        ({"kind": "macs", "macs": "0.5", "shape": {"kind": "ramp"}}, "'macs' is damaged: macs is"),
         ({"kind": "keep_rate", "keep_rate": "a"}, "keep_rate"),
         ({"kind": "macs", "macs": 0.5, "shape": "steep"}, "shape"),
         ({"kind": "counts", "after": [9, "b"]}, "after"),
         ({"kind": "counts", "after": [9], "of": 0}, "of is 0"),
         ({"kind": "counts", "after": [9], "of": "9"}, "of is '9'"),
         ({"kind": "keep_rate", "every": 1.5}, "every=1.5"),
-        ({"kind": "ramp", "every": "2"}, "every=2"),
+        ({"kind": "ramp", "every": "2"}, "every='2'"),
     ],
     ids=str,
 )

@@ -18,6 +18,7 @@ from mergence import plugins
 from mergence.errors import OptionError, PluginError, RecipeError, UnknownNameError
 from mergence.plan import MergePlan, TokenView
 from mergence.schedule import Schedule
+from mergence.setting import is_number, is_whole
 
 NEEDS = frozenset({"importance", "keys", "received"})
 """What a rule may read beside the tokens; see `TokenView`."""
@@ -249,7 +250,7 @@ def from_dict(data: Mapping[str, Any]) -> Method:
     """
     options = dict(data)
     name, version = options.pop("method", None), options.pop("version", 1)
-    if not isinstance(name, str) or not isinstance(version, int):
+    if not isinstance(name, str) or not is_whole(version):
         raise RecipeError(
             f"The recipe's method is {dict(data)}; it needs a name under 'method' and a whole "
             "number under 'version'."
@@ -277,14 +278,16 @@ def check_flag(method: Method, field: str) -> None:
 def check_range(
     method: Method, field: str, low: float, high: float = float("inf"), *, integer: bool = False
 ) -> None:
-    """Check that an option is a number within bounds.
+    """Check that an option is a finite number within bounds.
 
     Raises:
         OptionError: It is not.
     """
     value = getattr(method, field)
-    kind = int if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+    fits = is_whole(value) if integer else is_number(value)
+    if not fits or not low <= value <= high:
         what = "a whole number" if integer else "a number"
-        bounds = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+        bounds = f"from {low:g} to {high:g}"
+        if high == float("inf"):
+            bounds = f"at least {low:g} and finite"
         raise OptionError(f"{type(method).__name__}.{field} is {value!r}; give {what} {bounds}.")

@@ -19,6 +19,7 @@ from mergence.errors import OptionError, RecipeError, ScheduleError
 from mergence.files import check_target, staged
 from mergence.method import Method
 from mergence.schedule import Constant, Counts, KeepRate, Macs, Schedule
+from mergence.setting import is_whole
 
 _FORMAT = 1
 _KEYS = {"mergence_recipe", "method", "schedule", "align", "written_by", "notes"}
@@ -43,8 +44,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         methods.check_registered(self.method)
-        align: Any = self.align  # may come from JSON
-        if align is not None and (not isinstance(align, int) or align < 1):
+        align = self.align
+        if align is not None and (not is_whole(align) or align < 1):
             raise OptionError(
                 f"align is {self.align!r}; give a whole number of at least 1, or leave it out."
             )
@@ -100,7 +101,7 @@ class Recipe:
                 'This is no mergence recipe: the keys "mergence_recipe" and "method" are missing. '
                 f"Found: {', '.join(map(str, data)) or 'nothing'}."
             )
-        if not isinstance(found, int) or found > _FORMAT:
+        if not is_whole(found) or found > _FORMAT:
             raise RecipeError(
                 f"The recipe has format {found!r} (written by {writer}), and mergence "
                 f"{__version__} reads formats up to {_FORMAT}. Upgrade mergence."

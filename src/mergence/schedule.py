@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from mergence.errors import RecipeError, ScheduleError
-from mergence.setting import Setting, aligned, check, multiple_on
+from mergence.setting import Setting, aligned, check, is_number, is_whole, multiple_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +89,15 @@ class KeepRate(Schedule):
     every: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_rate <= 1:
+        if not is_number(self.keep_rate) or not 0 < self.keep_rate <= 1:
             raise ScheduleError(
-                f"keep_rate is {self.keep_rate}; give a number above 0 and at most 1."
+                f"keep_rate is {self.keep_rate!r}; give a number above 0 and at most 1."
             )
         blocks: Any = self.blocks
         if blocks is not None and not isinstance(blocks, tuple | list):
             raise ScheduleError(f"blocks is {blocks!r}; give a list of blocks, counted from 1.")
-        if self.every is not None and (not _whole(self.every) or self.blocks is not None):
-            raise ScheduleError(
-                f"KeepRate(blocks={self.blocks}, every={self.every}): give either blocks, or every "
-                "as 1 or more blocks."
-            )
+        if self.every is not None and (not _positive(self.every) or self.blocks is not None):
+            raise ScheduleError(f"{self}: give either blocks, or every as 1 or more blocks.")
 
     def raw(self, setting: Setting) -> tuple[int, ...]:
         chosen = self.blocks
@@ -137,8 +134,8 @@ class Constant(Schedule):
     first: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.r < math.inf:
-            raise ScheduleError(f"r is {self.r}; give the number of tokens to remove per block.")
+        if not is_number(self.r) or self.r < 0:
+            raise ScheduleError(f"r is {self.r!r}; give the number of tokens to remove per block.")
 
     def raw(self, setting: Setting) -> tuple[int, ...]:
         _check_blocks((self.first,), setting.depth)
@@ -181,13 +178,13 @@ class Ramp(Schedule):
 
     def __post_init__(self) -> None:
         if (
-            not self.span >= 0
-            or not 0 < self.end <= 1
-            or (self.every is not None and not _whole(self.every))
+            not (is_number(self.span) and self.span >= 0)
+            or not (is_number(self.end) and 0 < self.end <= 1)
+            or (self.every is not None and not _positive(self.every))
         ):
             raise ScheduleError(
-                f"Ramp(span={self.span}, end={self.end}, every={self.every}): give a span of at "
-                "least 0, an end above 0 and at most 1, and every as 1 or more blocks."
+                f"{self}: give a span of at least 0, an end above 0 and at most 1, and every as 1 "
+                "or more blocks."
             )
 
     def start(self, setting: Setting) -> int:
@@ -230,14 +227,18 @@ class Counts(Schedule):
     of: int | None = None
 
     def __post_init__(self) -> None:
-        count: Any  # lists come from users and from JSON
-        for block, count in enumerate(self.after, start=1):
-            if not isinstance(count, int):
+        after: Any = self.after  # lists come from users and from JSON
+        if not isinstance(after, tuple | list):
+            raise ScheduleError(
+                f"after is {after!r}; give a list of the patch tokens left after each block."
+            )
+        for block, count in enumerate(after, start=1):
+            if not is_whole(count):
                 raise ScheduleError(
                     f"For block {block}, Counts.after holds {count!r}; give the whole number of "
                     "patch tokens that are left after it."
                 )
-        if self.of is not None and not _whole(self.of):
+        if self.of is not None and not _positive(self.of):
             raise ScheduleError(
                 f"Counts.of is {self.of!r}; give the number of patches that the counts are for, or "
                 "leave it out."
@@ -279,10 +280,10 @@ class Macs(Schedule):
         shape: Any = self.shape
         if not isinstance(shape, Schedule):
             raise ScheduleError(f"shape is {shape!r}; give a schedule, for example KeepRate().")
-        if not 0 < self.macs <= 1:
+        if not is_number(self.macs) or not 0 < self.macs <= 1:
             raise ScheduleError(
-                f"macs is {self.macs}; give the share of the dense model's multiply-adds to keep, "
-                "above 0 and at most 1, for example 0.67."
+                f"macs is {self.macs!r}; give the share of the dense model's multiply-adds to "
+                "keep, above 0 and at most 1, for example 0.67."
             )
 
     def align_on(self, device: str, dtype: torch.dtype) -> int:
@@ -318,14 +319,13 @@ class Macs(Schedule):
         return self.shape.with_strength(strong, setting)
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
+def _positive(value: Any) -> bool:
+    return is_whole(value) and value >= 1
 
 
 def _check_blocks(blocks: tuple[int, ...], depth: int) -> None:
-    block: Any  # may come from JSON
     for block in blocks:
-        if not isinstance(block, int) or not 1 <= block <= depth:
+        if not is_whole(block) or not 1 <= block <= depth:
             raise ScheduleError(
                 f"The schedule names block {block!r}; the model has blocks 1 to {depth}."
             )
@@ -355,5 +355,9 @@ def from_dict(data: Any) -> Schedule:
             values[key] = from_dict(value)
     try:
         return _KINDS[kind](**values)
-    except (TypeError, ScheduleError) as error:
-        raise RecipeError(f"The recipe's schedule '{kind}' is not complete: {error}") from error
+    except TypeError as error:
+        raise RecipeError(
+            f"The recipe's schedule '{kind}' is not complete, or holds more: {error}."
+        ) from error
+    except ScheduleError as error:
+        raise RecipeError(f"The recipe's schedule '{kind}' is damaged: {error}") from error

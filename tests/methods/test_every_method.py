@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +136,19 @@ def test_an_option_of_the_wrong_type_is_refused(name: str) -> None:
     for option in registry()[name].options():
         with pytest.raises(OptionError, match=option):
             methods.build(name, {option: "no"})
+
+
+@pytest.mark.parametrize("value", [math.inf, 10**400], ids=["infinity", "huge"])
+@pytest.mark.parametrize("name", names())
+def test_an_option_that_is_not_finite_is_refused(name: str, value: Any) -> None:
+    for option in registry()[name].options():
+        with pytest.raises(OptionError, match=option):
+            methods.build(name, {option: value})
+
+
+def test_the_message_of_an_infinite_option_says_what_to_give() -> None:
+    with pytest.raises(OptionError, match="alpha is inf; give a number at least 0 and finite"):
+        methods.build("mergence", {"alpha": math.inf})
 
 
 @pytest.mark.parametrize("name", names())
