@@ -72,6 +72,30 @@ def test_what_was_applied_can_be_saved_and_applied_from_the_file(
         assert mergence.describe(vit) == before
 
 
+def test_a_recipe_is_made_of_what_it_can_carry() -> None:
+    method, schedule = build("tome", {}), KeepRate()
+    wrong: list[tuple[tuple[Any, ...], str]] = [
+        (("tome", schedule), "method is 'tome'; give a method"),
+        ((method, [36, 30]), r"schedule is \[36, 30\]; give a schedule.*Counts\(after="),
+        ((method, schedule, None, None), "notes are None; give a mapping"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(OptionError, match=message):
+            Recipe(*arguments)
+
+
+@pytest.mark.parametrize("data", [[], None, "tome", 5], ids=str)
+def test_what_is_no_object_is_no_recipe(data: Any) -> None:
+    with pytest.raises(RecipeError, match=r"no mergence recipe, but a .*; give an object"):
+        Recipe.from_dict(data)
+
+
+def test_a_recipe_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    text = json.dumps(RECIPE.to_dict())
+    (tmp_path / "windows.json").write_text(text, encoding="utf-8-sig")
+    assert Recipe.load(tmp_path / "windows.json") == RECIPE
+
+
 def test_align_given_beside_a_recipe_replaces_its_own() -> None:
     assert make(RECIPE, align=4).align == 4
     assert make(RECIPE) == RECIPE

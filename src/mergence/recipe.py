@@ -43,6 +43,14 @@ class Recipe:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        parts: Any = (
+            ("method is", self.method, Method, "a method such as ToMe()"),
+            ("schedule is", self.schedule, Schedule, "a schedule such as Counts(after=(36, 30))"),
+            ("notes are", self.notes, Mapping, "a mapping, or leave them out"),
+        )
+        for part, value, kind, wanted in parts:
+            if not isinstance(value, kind):
+                raise OptionError(f"A recipe's {part} {value!r}; give {wanted}.")
         methods.check_registered(self.method)
         align = self.align
         if align is not None and (not is_whole(align) or align < 1):
@@ -94,6 +102,11 @@ class Recipe:
         Raises:
             RecipeError: The data is no recipe, or of a newer format.
         """
+        given: Any = data  # may come from JSON
+        if not isinstance(given, Mapping):
+            raise RecipeError(
+                f"This is no mergence recipe, but a {type(given).__name__}; give an object."
+            )
         found = data.get("mergence_recipe")
         writer = data.get("written_by", "an unknown program")
         if found is None or not isinstance(data.get("method"), Mapping):
@@ -131,7 +144,8 @@ class Recipe:
             RecipeError: The file is missing, is no JSON or no recipe.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            # Windows puts a mark in front of UTF-8; this encoding reads files without it, too.
+            data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"The recipe '{path}' cannot be read: {error}.") from error
         except json.JSONDecodeError as error:
