@@ -267,6 +267,16 @@ def test_a_damaged_schedule_is_a_recipe_error(data: dict[str, Any], message: str
         schedules.from_dict(data)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 12])
+def test_a_share_that_halving_cannot_reach_is_out_of_reach(depth: int) -> None:
+    half = setting(9, depth, fewest=lambda tokens: tokens - tokens // 2)
+    shape = KeepRate(every=1)
+    least = half.share(shape.with_strength(1.0, half).tokens(half))
+    assert half.share(Macs(macs=least, shape=shape).tokens(half)) == least
+    with pytest.raises(ScheduleError, match="out of reach: the schedule 'keep_rate' needs"):
+        Macs(macs=least - 0.01, shape=shape).tokens(half)
+
+
 def test_no_blocks_named_is_not_the_default_blocks() -> None:
     try:
         counts = counts_of(KeepRate(keep_rate=0.5, blocks=()), setting())

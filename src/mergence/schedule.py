@@ -115,7 +115,8 @@ class KeepRate(Schedule):
         return tuple(counts)
 
     def with_strength(self, strength: float, setting: Setting) -> Self:
-        return dataclasses.replace(self, keep_rate=max(1 - strength, 1e-6))
+        least = min(setting.fewest(setting.tokens), setting.tokens) / setting.tokens
+        return dataclasses.replace(self, keep_rate=max(1 - strength, least))
 
 
 @dataclass(frozen=True, kw_only=True)
