@@ -82,7 +82,8 @@ def best_pairs(
     """Pair each giver with the taker that draws it most, and let the best pairs move together.
 
     Args:
-        attraction: `[B, G, T]` of each giver to each taker. NaN draws least of all pairs.
+        attraction: `[B, G, T]` of each giver to each taker. Givers with a NaN among theirs leave
+            last.
         givers: `[B, G]` positions of the tokens that may leave.
         takers: `[B, T]` positions of the tokens that they may join.
         count: How many givers leave, 0 to G.
