@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -203,7 +203,7 @@ def judged(rows: Iterable[Row]) -> list[Row]:
             text += f"; use {max(stronger, key=lambda r: r.macs_ratio).name} instead"
         return text
 
-    return [Row(**{**asdict(row), "verdict": verdict(row)}) for row in rows]
+    return [replace(row, verdict=verdict(row)) for row in rows]
 
 
 def _check(modes: Sequence[str], device: torch.device, size: object, rounds: int) -> None:

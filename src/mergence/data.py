@@ -1,4 +1,4 @@
-"""Labelled image collections: a folder, a zip archive or the embedded demo, read in batches.
+"""Image collections, labelled or not: a folder, a zip archive or the embedded demo, in batches.
 
 Damaged images do not stop a run: they are named, skipped and counted. What is wrong with the
 collection as a whole stops it before any work.

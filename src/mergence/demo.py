@@ -60,19 +60,18 @@ def compare(
     )
 
 
-def picture(loaded: LoadedModel, data: ImageData, macs: float = 0.5) -> Figure:
-    """Draw what the default method does with one image of four classes each.
+def picture(loaded: LoadedModel, data: ImageData) -> Figure:
+    """Draw what the default method does with one image of four classes each, at half the MACs.
 
     Where there is none of these classes, it is the first image.
 
     Args:
         loaded: The model that `load` returns.
         data: Where the images are taken from.
-        macs: The budget to draw.
     """
     wanted = ("Sneaker", "Trouser", "Bag", "Coat")
     labels = [loaded.label(label) for label in data.labels or ()]
     names = [name for name in wanted if name in labels] or labels[:1]
     samples = [data[labels.index(name)] for name in names]
     tensors = torch.stack([sample.image for sample in samples if hasattr(sample, "image")])
-    return explain(loaded, tensors, make("mergence", macs=macs), titles=names)
+    return explain(loaded, tensors, make("mergence", macs=0.5), titles=names)

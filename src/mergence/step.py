@@ -54,7 +54,7 @@ class BlockStep:
             ReducedOutputError: The block was called by itself with tokens that cannot be placed.
         """
         run = self.program.run
-        known = run.known() if run.active else attached(x)
+        known = run.known() or attached(x)
         if known is None:
             program = self.program
             if program.tokens()[self.index] < program.patches:

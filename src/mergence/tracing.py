@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +41,13 @@ class Trace:
     """What a reduced forward did with each image.
 
     Attributes:
-        output: The model's output.
+        output: The model's output, of whatever type it gives.
         grid: Patch rows and columns.
         points: The reductions, in order.
         method: The name of the method.
     """
 
-    output: Tensor
+    output: Any
     grid: tuple[int, int]
     points: tuple[ReductionPoint, ...]
     method: str

@@ -44,12 +44,12 @@ class Prices:
     @cached_property
     def levels(self) -> list[int]:
         """The token counts that the search tells apart, falling, alignment respected."""
-        patches, align, prefix = self.setting.tokens, self.setting.align, self.setting.prefix
+        tokens, align, prefix = self.setting.tokens, self.setting.align, self.setting.prefix
         if align > 1:
-            inner = {n - prefix for n in range(align, patches + prefix, align)}
+            inner = {n - prefix for n in range(align, tokens + prefix, align)}
         else:
-            inner = {1, *range(1, patches, max(patches // _LEVELS, 1))}
-        return [patches, *sorted((n for n in inner if 1 <= n < patches), reverse=True)]
+            inner = {1, *range(1, tokens, max(tokens // _LEVELS, 1))}
+        return [tokens, *sorted((n for n in inner if 1 <= n < tokens), reverse=True)]
 
     @cached_property
     def steps(self) -> list[Tensor]:

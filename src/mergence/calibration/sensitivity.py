@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +71,6 @@ def measure(
     depth: int,
     *,
     images: int,
-    shares: Sequence[float] = SHARES,
     progress: Callable[[int], None] = lambda cells: None,
 ) -> Curves:
     """Measure the curves of a model.
@@ -85,11 +84,10 @@ def measure(
         method: The method.
         depth: Number of blocks.
         images: How many images to use.
-        shares: Shares of the tokens to measure at, falling.
         progress: Called with the number of cells that are done.
     """
     patches = probe.patches
-    levels = sorted({max(round(share * patches), 1) for share in shares} - {patches}, reverse=True)
+    levels = sorted({max(round(share * patches), 1) for share in SHARES} - {patches}, reverse=True)
     measured = []
     for block in range(depth):
         points: list[tuple[int, float]] = []
@@ -98,11 +96,10 @@ def measure(
             while len(counts) < depth:
                 left = max(level, min(method.fewest_slots(left), left))
                 counts.append(left)
-            if points and counts[-1] == points[-1][0]:  # as far as the method gets from here
-                progress(len(levels) - cell)
-                break
-            points.append((counts[-1], probe.mean(distance, method, counts, images)))
-            if points[-1][1] > CEILING:
+            gone = points and counts[-1] == points[-1][0]  # as far as the method gets from here
+            if not gone:
+                points.append((counts[-1], probe.mean(distance, method, counts, images)))
+            if gone or points[-1][1] > CEILING:
                 progress(len(levels) - cell)
                 break
             progress(1)

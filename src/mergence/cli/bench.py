@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from mergence.cli import options as o
-from mergence.cli.output import check_json, console, progress, write_json
+from mergence.cli.output import check_json, console, progress, table_of, timed, write_json
 from mergence.errors import OptionError
 
 if TYPE_CHECKING:
@@ -97,7 +95,7 @@ def _table(result: Benchmark) -> None:
         rows = [row for row in result.rows if (row.dtype, row.mode) == setting]
         memory = rows[0].peak_mib is not None
         title = ", ".join(setting)
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table = table_of(title)
         table.add_column("batch", justify="right", no_wrap=True)
         table.add_column("method", no_wrap=True)
         headings = ("ms", "speed-up", "MACs", "of ideal")
@@ -105,15 +103,8 @@ def _table(result: Benchmark) -> None:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("verdict")
         for row in rows:
-            spread = (row.ms_high - row.ms_low) / 2
-            numbers = (
-                f"{row.ms:.1f} ±{spread:.1f}",
-                f"{row.speedup:.2f}",
-                f"{row.macs_ratio:.0%}",
-                f"{row.of_ideal:.2f}",
-                *((f"{row.peak_mib:.0f}",) if memory else ()),
-            )
-            table.add_row(str(row.batch), row.name, *numbers, row.verdict)
+            peak = (f"{row.peak_mib:.0f}",) if memory else ()
+            table.add_row(str(row.batch), row.name, *timed(row), *peak, row.verdict)
         console.print(table)
     console.print(
         "ms: median of one forward ± half the distance between the quartiles. of ideal: speed-up × "
@@ -126,9 +117,7 @@ def _profile(profiles: Sequence[Profile]) -> None:
     parts = [part for part in profiles[0].ms if any(one.ms[part] for one in profiles)]
     for setting in dict.fromkeys((one.dtype, one.batch) for one in profiles):
         title = "where the time goes: {}, eager, batch {}".format(*setting)
-        table = Table(
-            title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-        )
+        table = table_of(title, padding=(0, 1, 0, 0))
         table.add_column("method", no_wrap=True)
         for part in (*parts, "sum"):
             table.add_column(part, justify="right", no_wrap=True)

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from mergence.cli import options as o
-from mergence.cli.output import check_json, console, progress, skipped, write_json
+from mergence.cli.output import check_json, console, progress, skipped, table_of, write_json
 from mergence.errors import OptionError
 from mergence.files import check_target
 
@@ -139,7 +137,7 @@ def _named(out: Path, what: str) -> Path:
 
 def _table(result: Calibration, model: str) -> None:
     title = f"{model} on {result.images} images without labels"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = table_of(title)
     name = {"kl": "KL", "cosine": "1 − cos"}[result.objective]
     for heading in ("MACs", name, "own schedule", "tried"):
         table.add_column(heading, justify="right", no_wrap=True)

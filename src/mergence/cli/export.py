@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from mergence.cli import options as o
-from mergence.cli.output import check_json, console, errors, skipped, write_json
+from mergence.cli.output import check_json, console, errors, skipped, table_of, timed, write_json
 from mergence.errors import DataError
 
 if TYPE_CHECKING:
@@ -103,19 +101,11 @@ def _report(done: Export, data: str) -> None:
 
 def _table(rows: tuple[Row, ...]) -> None:
     title = f"onnxruntime on the CPU, batch {rows[0].batch}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = table_of(title)
     table.add_column("graph")
     for heading in ("ms", "speed-up", "MACs", "of ideal"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for row in rows:
-        spread = (row.ms_high - row.ms_low) / 2
-        table.add_row(
-            row.name,
-            f"{row.ms:.1f} ±{spread:.1f}",
-            f"{row.speedup:.2f}",
-            f"{row.macs_ratio:.0%}",
-            f"{row.of_ideal:.2f}",
-            row.verdict,
-        )
+        table.add_row(row.name, *timed(row), row.verdict)
     console.print(table)

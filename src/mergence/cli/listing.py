@@ -7,11 +7,9 @@ from inspect import getdoc
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from mergence.cli import options as o
-from mergence.cli.output import check_json, console, write_json
+from mergence.cli.output import check_json, console, table_of, write_json
 
 
 class Kind(StrEnum):
@@ -35,7 +33,7 @@ def list_known(
         if not rows:
             console.print(f"{name}: none come with this version")
             continue
-        table = Table(title=name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table = table_of(name)
         for column in rows[0]:
             table.add_column(column)
         for row in rows:

@@ -20,6 +20,7 @@ from mergence.files import check_target
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from mergence.benchmark import Row
     from mergence.data import Skipped
     from mergence.evaluation import Evaluation
 
@@ -58,6 +59,13 @@ def warning(
     errors.print(Text.assemble(("Note: ", "bold yellow"), printable(str(message))))
 
 
+def table_of(title: str, *, padding: tuple[int, int, int, int] = (0, 1, 0, 1)) -> Table:
+    """An empty table in the style of all of them."""
+    return Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=padding
+    )
+
+
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[float], None]]:
     """Show progress on the standard error stream; yields a function that advances it."""
@@ -94,7 +102,7 @@ def write_json(path: Path | None, data: Mapping[str, Any]) -> None:
 def evaluation_table(evaluation: Evaluation) -> None:
     """Print an evaluation, and what had to be skipped."""
     title = f"{evaluation.model} on {evaluation.images} images of {evaluation.data}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = table_of(title)
     table.add_column("method", overflow="fold")  # so that no number is cut
     dense = evaluation.results[0]
     scores = dense.cosine is None
@@ -125,6 +133,17 @@ def evaluation_table(evaluation: Evaluation) -> None:
     )
     console.print(f"{said}; img/s is forward time only.", style="dim")
     skipped(evaluation.skipped)
+
+
+def timed(row: Row) -> tuple[str, ...]:
+    """The cells of a row of a benchmark under "ms", "speed-up", "MACs" and "of ideal"."""
+    spread = (row.ms_high - row.ms_low) / 2
+    return (
+        f"{row.ms:.1f} ±{spread:.1f}",
+        f"{row.speedup:.2f}",
+        f"{row.macs_ratio:.0%}",
+        f"{row.of_ideal:.2f}",
+    )
 
 
 def skipped(images: Sequence[Skipped]) -> None:

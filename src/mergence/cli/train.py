@@ -14,12 +14,10 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from mergence.cli import options as o
-from mergence.cli.output import check_json, console, errors, skipped_names, write_json
+from mergence.cli.output import check_json, console, errors, skipped_names, table_of, write_json
 from mergence.train.config import Config, read_yaml
 
 if TYPE_CHECKING:
@@ -111,7 +109,7 @@ def _lines() -> Callable[[Status], None]:
 
 
 def _table(summary: Summary) -> None:
-    table = Table(title="What the run did", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = table_of("What the run did")
     # How near the answers are to the teacher's matters where there was a fixed one.
     ends = (" top1", " kl") if "dense kl" in summary.history[-1] else (" top1",)
     digits = {"epoch": 0, "loss": 4} | {
@@ -138,7 +136,7 @@ def _flag(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     """A field of the configuration as a parameter that typer understands; None is "not given"."""
     option = next((k for k in _options(kind) if k is not NoneType), kind)
     base = get_origin(option) or option
-    plain: Any = {tuple: list[Any], dict: list[str], Literal: str}.get(base, option)
+    plain: Any = {dict: list[str], Literal: str}.get(base, option)
     if base is tuple:
         plain = list[get_args(option)[0]]  # type: ignore[misc]
     default = field.default if field.default not in (dataclasses.MISSING, None, ()) else None
@@ -179,7 +177,6 @@ def _signature() -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-train.__signature__ = _signature()  # type: ignore[attr-defined]
-train.__annotations__ = {
-    name: parameter.annotation for name, parameter in _signature().parameters.items()
-}
+_SIGNATURE = _signature()
+train.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
+train.__annotations__ = {name: one.annotation for name, one in _SIGNATURE.parameters.items()}

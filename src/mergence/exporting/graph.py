@@ -38,7 +38,7 @@ def check(path: Path) -> None:
             f"The graph would have {len(wrong)} operators that scatter with a reduction or whose "
             f"shapes depend on values ({', '.join(wrong[:3])}), which many runtimes run slowly, "
             "wrongly or not at all. A method of your own should plan with top-k, comparison and "
-            "gather, as those in mergence.plan do. Nothing was written."
+            "gather, as those in mergence.planning do. Nothing was written."
         )
 
 

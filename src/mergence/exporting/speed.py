@@ -22,7 +22,6 @@ def compare(
     *,
     opset: int = 18,
     seconds: float = 5.0,
-    rounds: int = 7,
 ) -> tuple[Row, ...]:
     """Export the dense model for the moment and let both graphs take turns.
 
@@ -31,8 +30,7 @@ def compare(
         path: Its ONNX file.
         images: `[B, C, H, W]`, the batch to time.
         opset: That of the dense graph.
-        seconds: Keep taking turns for so long ...
-        rounds: ... but take at least so many.
+        seconds: Keep taking turns for so long, but take at least seven.
 
     Returns:
         A row of the dense graph and one of the reduced.
@@ -49,7 +47,7 @@ def compare(
             form.write(model, images[:2], file, opset)
         calls = {DENSE: form.open(file), "reduced": form.open(Path(path))}
     with torch.inference_mode():
-        times = take_turns(calls, images.cpu(), seconds, rounds)
+        times = take_turns(calls, images.cpu(), seconds, rounds=7)
     dense = statistics.median(times[DENSE])
     kind = str(images.dtype).removeprefix("torch.")
     return tuple(

@@ -211,7 +211,7 @@ class ReducedBlock:
 
 
 class ReducedViTBlock(ReducedBlock):
-    """Mixed into the blocks of ViT and DeiT."""
+    """Mixed into the blocks of ViT, DeiT and others of their layout."""
 
     _mergence_layout = VIT
 
@@ -223,7 +223,7 @@ class ReducedDinoBlock(ReducedBlock):
 
 
 class ReducedClipBlock(ReducedBlock):
-    """Mixed into the blocks of CLIP and SigLIP."""
+    """Mixed into the blocks of CLIP, SigLIP and others of their layout."""
 
     _mergence_layout = CLIP
 

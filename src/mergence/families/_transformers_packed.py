@@ -127,7 +127,7 @@ class ReducedReader:
         dense: Any = super(ReducedReader, self)
         program: Program = self._mergence
         run = program.run
-        known = run.known() if run.active and not run.disabled else None
+        known = run.known()
         if known is not None:
             x = _spread(x, known, len(x) // known.tokens)
         return dense.forward(x, *inputs, **options)
@@ -160,7 +160,7 @@ class ReducedPackedBlock:
 
         if step.disabled(hidden_states):
             return whole(hidden_states)
-        known = run.known() if run.active else attached(hidden_states)
+        known = run.known() or attached(hidden_states)
         if known is None:
             raise ReducedOutputError(
                 "A block of a reduced model was called by itself, and which of its tokens are of "

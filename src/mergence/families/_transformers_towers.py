@@ -176,7 +176,7 @@ class ReducedHead:
         dense: Any = super(ReducedHead, self)
         program: Program = self._mergence
         run = program.run
-        known = run.known() if run.active else None
+        known = run.known()
         if not run.disabled and known is None and hidden_state.shape[1] != program.patches:
             raise ReducedOutputError(
                 f"The head was called by itself, with {hidden_state.shape[1]} tokens whose sizes "

@@ -164,8 +164,7 @@ def _run(tower: Any, image: Tensor, *, every_patch: bool = False) -> AbstractCon
 
 
 def _size(program: Program) -> Tensor | None:
-    run = program.run
-    known = run.known() if run.active and not run.disabled else None
+    known = program.run.known()
     return None if known is None else known.size
 
 

@@ -226,7 +226,7 @@ def sizes_to_pool(model: Any, x: Tensor, by_size: bool) -> Tensor | None:
     run = program.run
     if run.disabled or not by_size:
         return None
-    carry = run.known() if run.active else attached(x)
+    carry = run.known() or attached(x)
     if carry is None and x.shape[1] != program.prefix + program.patches:
         raise ReducedOutputError(
             f"The head got {x.shape[1]} tokens whose sizes are not known, and it pools by "

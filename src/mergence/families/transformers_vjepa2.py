@@ -161,7 +161,7 @@ class ReducedCrossLayer:
         """The block's forward, in which a token counts as often as the patches in it."""
         dense: Any = super(ReducedCrossLayer, self)
         run = self._mergence.run
-        known = run.known() if run.active else attached(hidden_state)
+        known = run.known() or attached(hidden_state)
         if run.disabled or known is None or known.size is None:
             return dense.forward(queries, hidden_state, *masks, **named)
         attach(hidden_state, known)  # gradient checkpointing calls again when the run is over

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from mergence.ops import dense, products
 from mergence.plan import MergePlan, rows
 
-__all__ = ["Cosines", "attend", "attention_of_row", "merge", "most_important", "split"]
-
 TINY = torch.finfo(torch.float32).tiny
 BLOCK = 256
 """Cosines of more tokens than this are computed in blocks, which then fit into the cache."""

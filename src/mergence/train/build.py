@@ -18,6 +18,7 @@ from mergence import family, saving, surgery
 from mergence.api import recipe_of, remove
 from mergence.data import ImageData, join, open_images
 from mergence.errors import DataError, MissingExtraError, OptionError, UnsupportedModelError
+from mergence.evaluation import DENSE
 from mergence.models import LoadedModel, load_model
 from mergence.recipe import Recipe, make
 from mergence.train.config import Config
@@ -25,7 +26,6 @@ from mergence.train.feed import Feed, Seat
 from mergence.train.shards import is_stream
 from mergence.train.stream import StreamData, StreamFeed, open_stream
 from mergence.train.targets import classes_of
-from mergence.train.validation import DENSE
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,9 +13,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mergence.errors import MissingExtraError, OptionError
 
+_ANY = float("inf")
 
-def _option(help_: str, default: Any = dataclasses.MISSING) -> Any:
-    return field(default=default, metadata={"help": help_})
+
+def _option(
+    help_: str, default: Any = dataclasses.MISSING, low: float | None = None, high: float = _ANY
+) -> Any:
+    return field(default=default, metadata={"help": help_, "low": low, "high": high})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +44,11 @@ class Config:
     checkpoint: str | None = _option("Load these weights into the model first.", None)
     scratch: bool = _option("Start from random weights.", False)
     new_head: bool = _option("Start with a new classifier for the classes of the data.", False)
-    limit: int | None = _option("Train on so many images, spread evenly over the classes.", None)
-    val_limit: int | None = _option("Validate on so many images.", None)
+    limit: int | None = _option("Train on so many images, spread evenly over the classes.", None, 1)
+    val_limit: int | None = _option("Validate on so many images.", None, 1)
 
-    epoch_images: int | None = _option("Images of a stream that does not say how many.", None)
-    shuffle_buffer: int = _option("Images of a stream among which each worker draws.", 1000)
+    epoch_images: int | None = _option("Images of a stream that does not say how many.", None, 1)
+    shuffle_buffer: int = _option("Images of a stream among which each worker draws.", 1000, 1)
 
     # Reduction, as everywhere else; several budgets or recipes take turns at random.
     method: str = _option("A method's name.", "mergence")
@@ -58,7 +62,7 @@ class Config:
     recipe: tuple[str, ...] = _option("Recipe files. Several train one model for all.", ())
 
     # What the literature found to matter; sources in `mergence.train.levels` and `.objective`.
-    reduction_warmup: float = _option("Epochs from dense to the full reduction (EViT).", 0.0)
+    reduction_warmup: float = _option("Epochs from dense to the full reduction (EViT).", 0.0, 0)
     reduce_epochs: str = _option("Epochs with reduction: all, none, or as in 1-8,10,12-.", "all")
     teacher: str = _option(
         "Whom to learn from: initial, the dense model as before training (DynamicViT), self, its "
@@ -66,48 +70,52 @@ class Config:
         "initial",
     )
     label_loss: float = _option(
-        "Weight of the labels' loss; 0 learns from the teacher alone (Hinton et al.).", 1.0
+        "Weight of the labels' loss; 0 learns from the teacher alone (Hinton et al.).", 1.0, 0
     )
-    distill: float = _option("Weight of the divergence from the teacher's answer.", 0.0)
-    temperature: float = _option("Temperature of that divergence.", 1.0)
-    consistency: float = _option("Weight of the distance from the teacher's class token.", 0.0)
-    dense_loss: float = _option("Weight of the labels' loss on the model's own dense path.", 0.0)
+    distill: float = _option("Weight of the divergence from the teacher's answer.", 0.0, 0)
+    temperature: float = _option("Temperature of that divergence.", 1.0, 0.01)
+    consistency: float = _option("Weight of the distance from the teacher's class token.", 0.0, 0)
+    dense_loss: float = _option("Weight of the labels' loss on the model's own dense path.", 0.0, 0)
 
     # Images on their way to the model: timm's transforms.
-    crop_scale: float = _option("Random crops hold at least this share of the image.", 0.3)
-    hflip: float = _option("Probability of a horizontal flip.", 0.5)
-    color_jitter: float = _option("Strength of colour jitter without auto_augment.", 0.0)
+    crop_scale: float = _option("Random crops hold at least this share of the image.", 0.3, 0.01, 1)
+    hflip: float = _option("Probability of a horizontal flip.", 0.5, 0, 1)
+    color_jitter: float = _option("Strength of colour jitter without auto_augment.", 0.0, 0)
     auto_augment: str | None = _option("timm's policy, for example rand-m9-mstd0.5-inc1.", None)
-    erase: float = _option("Probability of random erasing.", 0.0)
-    mixup: float = _option("Mixup alpha.", 0.0)
-    cutmix: float = _option("CutMix alpha.", 0.0)
-    smoothing: float = _option("Label smoothing.", 0.0)
-    drop_path: float = _option("Stochastic depth: probability in the last block.", 0.0)
+    erase: float = _option("Probability of random erasing.", 0.0, 0, 1)
+    mixup: float = _option("Mixup alpha.", 0.0, 0)
+    cutmix: float = _option("CutMix alpha.", 0.0, 0)
+    smoothing: float = _option("Label smoothing.", 0.0, 0, 1)
+    drop_path: float = _option("Stochastic depth: probability in the last block.", 0.0, 0, 1)
 
     # Optimisation: timm's optimisers and schedules.
-    epochs: int = _option("Passes over the training images.", 10)
-    batch_size: int = _option("Images of one step, over all processes and pieces.", 64)
-    accumulate: int = _option("Process each step in so many pieces, one after the other.", 1)
+    epochs: int = _option("Passes over the training images.", 10, 1)
+    batch_size: int = _option("Images of one step, over all processes and pieces.", 64, 1)
+    accumulate: int = _option("Process each step in so many pieces, one after the other.", 1, 1)
     optimizer: str = _option("timm's name of an optimiser.", "adamw")
-    lr: float = _option("Learning rate at its highest.", 5e-5)
-    weight_decay: float = _option("Weight decay, not on biases and norms.", 0.05)
+    lr: float = _option("Learning rate at its highest.", 5e-5, 0)
+    weight_decay: float = _option("Weight decay, not on biases and norms.", 0.05, 0)
     learned_lr: float | None = _option(
-        "Rate of what a method learns, such as mstm's fusion; without it, lr.", None
+        "Rate of what a method learns, such as mstm's fusion; without it, lr.", None, 0
     )
-    layer_decay: float | None = _option("Factor on the rate from each layer to the next.", None)
-    clip_grad: float | None = _option("Largest norm of the gradient.", None)
+    layer_decay: float | None = _option(
+        "Factor on the rate from each layer to the next.", None, 0.01, 1
+    )
+    clip_grad: float | None = _option("Largest norm of the gradient.", None, 0)
     schedule: str = _option("timm's name of a schedule of the learning rate.", "cosine")
-    warmup_epochs: float = _option("Epochs until the highest learning rate.", 0.0)
-    min_lr: float = _option("Learning rate at the end.", 1e-6)
-    ema: float = _option("Decay of the averaged weights, which are then evaluated; 0: none.", 0.0)
+    warmup_epochs: float = _option("Epochs until the highest learning rate.", 0.0, 0)
+    min_lr: float = _option("Learning rate at the end.", 1e-6, 0)
+    ema: float = _option(
+        "Decay of the averaged weights, which are then evaluated; 0: none.", 0.0, 0, 1
+    )
 
     # The machine and the books.
     precision: Literal["no", "bf16", "fp16"] = _option("Mixed precision: no, bf16 or fp16.", "no")
     device: Literal["auto", "cpu"] = _option("auto takes the best, cpu never another.", "auto")
-    workers: int = _option("Processes that read images, for each training process.", 0)
+    workers: int = _option("Processes that read images, for each training process.", 0, 0)
     seed: int = _option("Every draw follows from this and its place in the run.", 0)
-    save_every: int = _option("Steps between checkpoints; each epoch ends with one too.", 500)
-    log_every: int = _option("Steps between rows of steps.csv.", 10)
+    save_every: int = _option("Steps between checkpoints; each epoch ends with one too.", 500, 1)
+    log_every: int = _option("Steps between rows of steps.csv.", 10, 1)
     tensorboard: bool = _option("Log for TensorBoard as well.", False)
 
     def __post_init__(self) -> None:
@@ -115,11 +123,11 @@ class Config:
             object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
         if not self.data:
             raise OptionError("data is empty; give the images to train on.")
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+        for f in dataclasses.fields(self):
+            value, low, high = getattr(self, f.name), f.metadata.get("low"), f.metadata.get("high")
+            if None not in (value, low, high) and not low <= value <= high:
                 bounds = f"at least {low:g}" if high == _ANY else f"from {low:g} to {high:g}"
-                raise OptionError(f"{name} is {value}; give a number {bounds}.")
+                raise OptionError(f"{f.name} is {value}; give a number {bounds}.")
 
     @classmethod
     def names(cls) -> list[str]:
@@ -221,26 +229,3 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         wanted = "one of " + ", ".join(get_args(kind))
     raise OptionError(f"{name} is {value!r}, a {type(value).__name__}; give {wanted}.")
-
-
-_ANY = float("inf")
-_RANGES = (
-    *((name, 0.0, 1.0) for name in ("hflip", "erase", "smoothing", "drop_path", "ema")),
-    *((name, 0.0, _ANY) for name in ("mixup", "cutmix", "color_jitter", "warmup_epochs")),
-    *(
-        (name, 0.0, _ANY)
-        for name in ("lr", "learned_lr", "min_lr", "weight_decay", "clip_grad", "workers")
-    ),
-    *((name, 1, _ANY) for name in ("epochs", "batch_size", "accumulate", "save_every")),
-    *(
-        (name, 1, _ANY)
-        for name in ("log_every", "limit", "val_limit", "epoch_images", "shuffle_buffer")
-    ),
-    *(
-        (name, 0.0, _ANY)
-        for name in ("reduction_warmup", "label_loss", "distill", "consistency", "dense_loss")
-    ),
-    ("temperature", 0.01, _ANY),
-    ("crop_scale", 0.01, 1.0),
-    ("layer_decay", 0.01, 1.0),
-)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergence.data import Batch
 from mergence.errors import DataError, MergenceError, OptionError, TrainingError
+from mergence.evaluation import DENSE
 from mergence.files import staged
 from mergence.train import build, checkpoint
 from mergence.train.config import Config
@@ -23,7 +24,7 @@ from mergence.train.logs import Logs, Row, Status
 from mergence.train.run import Run
 from mergence.train.seeding import seed_all
 from mergence.train.signals import Requests
-from mergence.train.validation import DENSE, Score, first, tensors
+from mergence.train.validation import Score, first, tensors
 
 
 @dataclass(frozen=True)

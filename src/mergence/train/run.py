@@ -16,6 +16,7 @@ from torch import nn
 
 from mergence.devices import best_device
 from mergence.errors import CheckpointError, MergenceError, OptionError
+from mergence.evaluation import DENSE
 from mergence.recipe import Recipe
 from mergence.train import build, checkpoint
 from mergence.train.checkpoint import State
@@ -27,7 +28,7 @@ from mergence.train.objective import Objective
 from mergence.train.seeding import seed_all
 from mergence.train.targets import Targets
 from mergence.train.teacher import teacher_of
-from mergence.train.validation import DENSE, Examiner, Score, validate
+from mergence.train.validation import Examiner, Score, validate
 
 
 @dataclass

@@ -17,8 +17,6 @@ from mergence.outputs import answer
 from mergence.train.feed import Feed
 from mergence.train.stream import StreamFeed
 
-DENSE = "dense"
-
 
 @dataclass(frozen=True)
 class Score:

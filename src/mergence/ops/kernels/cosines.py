@@ -13,7 +13,7 @@ from mergence.ops.kernels._common import INTERPRETED, blocks, launch, power_of_2
 
 
 def scales(x: Tensor) -> Tensor:
-    """One over the norm of each token; see `mergence.ops.fused`."""
+    """One over the norm of each token; see `mergence.ops.operators`."""
     batch, tokens, channels = x.shape
     x = rowwise(x)
     scale = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
@@ -35,7 +35,7 @@ def scales(x: Tensor) -> Tensor:
 
 
 def nearest_above(x: Tensor, scale: Tensor, score: Tensor) -> Tensor:
-    """The cosine to the nearest token of higher score; see `mergence.ops.fused`."""
+    """The cosine to the nearest token of higher score; see `mergence.ops.operators`."""
     batch, tokens, channels = x.shape
     x, score = rowwise(x), score.contiguous()
     cosine = torch.empty_like(scale)
@@ -57,7 +57,7 @@ def nearest_above(x: Tensor, scale: Tensor, score: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor, scale: Tensor, of: Tensor, among: Tensor) -> Tensor:
-    """The nearest of some tokens to each of others; see `mergence.ops.fused`."""
+    """The nearest of some tokens to each of others; see `mergence.ops.operators`."""
     batch, tokens, channels = x.shape
     x, of, among = rowwise(x), rowwise(of), rowwise(among)
     found = torch.empty_like(of, memory_format=torch.contiguous_format)
