@@ -115,7 +115,10 @@ def test_an_unknown_name_comes_with_the_fix(spec: str, message: str) -> None:
 def test_a_folder_of_the_other_library_is_sent_there(hub_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"a model of timm. Use 'local-dir:{hub_folder}'"):
         load_model(f"hf:{hub_folder}")
-    (tmp_path / "config.json").write_text('{"architectures": ["ViTModel"], "model_type": "vit"}')
+    # A model of timm that transformers wraps names both.
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["ViTModel"], "architecture": "vit", "model_type": "vit"}'
+    )
     with pytest.raises(CheckpointError, match=f"a model of transformers. Use 'hf:{tmp_path}'"):
         load_model(f"local-dir:{tmp_path}")
     with pytest.raises(UnknownNameError, match=f"use 'hf:{tmp_path}'"):
@@ -169,6 +172,9 @@ def test_the_arguments_that_training_scripts_save_beside_the_weights_are_no_code
     torch.save(content, tmp_path / "last.pth.tar")
     model = load_model(f"timm:{TINY}", checkpoint=tmp_path / "last.pth.tar").model
     assert torch.equal(model.state_dict()["norm.bias"], state["norm.bias"])
+    with torch.serialization.safe_globals([argparse.Namespace]):  # somebody else's leave to read it
+        load_model(f"timm:{TINY}", checkpoint=tmp_path / "last.pth.tar")
+        assert torch.load(tmp_path / "last.pth.tar")["epoch"] == 3
 
 
 def test_what_a_checkpoint_holds_beside_tensors_is_named(tmp_path: Path) -> None:

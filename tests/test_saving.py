@@ -261,7 +261,28 @@ def test_transformers_models_keep_their_own_layout(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "new" / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"no weights for 1 .*classifier\.weight"):
         mergence.load(tmp_path / "new")
+    for options in ({"add_pooling_layer": False}, {"use_mask_token": True}):
+        tower = transformers.ViTModel(config, **options).eval()
+        mergence.save(mergence.apply(tower, macs=0.7), tmp_path / "new")
+        again = mergence.load(tmp_path / "new")
+        assert again.state_dict().keys() == tower.state_dict().keys()
+        assert torch.equal(again(image).last_hidden_state, tower(image).last_hidden_state)
     parametrizations.weight_norm(model.vit.layers[1].mlp.fc1)
     with pytest.raises(UnsupportedModelError, match=r"original0 is \[48, 1\] in it"):
         mergence.save(model, tmp_path / "other")
     assert files(tmp_path) == ["new"]
+
+
+def test_a_class_of_ones_own_that_cannot_be_built_without_numbers_is_saved(tmp_path: Path) -> None:
+    import transformers
+
+    class Own(transformers.ViTForImageClassification):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.rates = torch.linspace(0, 0.1, 4).tolist()
+
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=64
+    )
+    mergence.save(mergence.apply(Own(config), macs=0.7), tmp_path / "new")
+    assert files(tmp_path / "new") == ["config.json", "mergence.json", "model.safetensors"]

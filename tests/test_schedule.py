@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -235,6 +236,12 @@ NO_NUMBERS: list[tuple[type[Schedule], dict[str, Any], str]] = [
 def test_what_is_no_number_is_refused(kind: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         kind(**values)
+
+
+def test_numbers_of_other_libraries_and_ranges_are_taken() -> None:
+    assert Constant(r=np.int64(8)).tokens(setting()) == Constant(r=8).tokens(setting())
+    assert KeepRate(keep_rate=np.float32(0.5)).tokens(setting())[-1] < 100
+    assert Counts(after=range(190, 178, -1)).tokens(setting())[-1] == 179
 
 
 def test_a_block_is_named_by_a_number() -> None:

@@ -209,18 +209,19 @@ def describe(model: nn.Module) -> Description:
     )
 
 
+_READ = "patch tokens", "the class token alone"
+
+
 def _check_unchanged(model: nn.Module, program: Program) -> None:
     with suppress(UnsupportedModelError):  # wrapped since, as by fully_shard
         spec = families.find(model).inspect(model)
-        read = "the class token alone", "patch tokens"
+        alone, then_alone = spec.cost.prefix_alone, program.cost.prefix_alone
+        # A tower by itself has no head, and its tokens were for that of the model around it.
+        reads = alone if spec.classes else then_alone
         for now, then, what in (
             (spec.patches, program.patches, "patches"),
             (len(spec.blocks), program.depth, "blocks"),
-            (
-                read[not spec.cost.prefix_alone],
-                read[not program.cost.prefix_alone],
-                "for its head to read",
-            ),
+            (_READ[reads], _READ[then_alone], "for its head to read"),
         ):
             if now != then:
                 raise MergenceError(

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mergence.api import apply, describe, remove
+from mergence.arguments import check_several
 from mergence.devices import convolutions_tried, described, synchronise, warn_of_slow_type
 from mergence.errors import OptionError
-from mergence.evaluation import DENSE, check_several, runs_of
+from mergence.evaluation import DENSE, runs_of
 from mergence.profiling import PARTS, Profile, parts_of
 from mergence.program import require_images_alone
 from mergence.recipe import Recipe, make

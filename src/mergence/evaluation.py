@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -142,17 +142,6 @@ def _indices(labels: Tensor, images: int) -> Tensor:
             "and images alone where there are none."
         )
     return labels.reshape(images)
-
-
-def check_several(**given: object) -> None:
-    """Check that arguments which take several values were not given a single one.
-
-    Raises:
-        OptionError: One was.
-    """
-    for name, values in given.items():
-        if isinstance(values, str) or not isinstance(values, Iterable):
-            raise OptionError(f"{name} is {values!r}; give a list, for example [{values!r}].")
 
 
 def runs_of(recipes: Mapping[str, Recipe]) -> dict[str, Recipe | None]:

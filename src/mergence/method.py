@@ -15,10 +15,10 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from mergence import plugins
+from mergence.arguments import is_number, is_whole
 from mergence.errors import OptionError, PluginError, RecipeError, UnknownNameError
 from mergence.plan import MergePlan, TokenView
 from mergence.schedule import Schedule
-from mergence.setting import is_number, is_whole
 
 NEEDS = frozenset({"importance", "keys", "received"})
 """What a rule may read beside the tokens; see `TokenView`."""

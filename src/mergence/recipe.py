@@ -15,11 +15,11 @@ import torch
 from mergence import method as methods
 from mergence import schedule as schedules
 from mergence._version import __version__
+from mergence.arguments import is_whole
 from mergence.errors import OptionError, RecipeError, ScheduleError
 from mergence.files import check_target, staged
 from mergence.method import Method
 from mergence.schedule import Constant, Counts, KeepRate, Macs, Schedule
-from mergence.setting import is_whole
 
 _FORMAT = 1
 _KEYS = {"mergence_recipe", "method", "schedule", "align", "written_by", "notes"}

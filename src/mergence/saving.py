@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from mergence.errors import (
 from mergence.family import registry
 from mergence.files import staged
 from mergence.models import load_model
+from mergence.models._loaded import source_of
 from mergence.models._weights import require_weights
 from mergence.recipe import Recipe
 
@@ -157,31 +160,53 @@ def _check_library(model: nn.Module) -> None:
 
 
 def _save_dense(model: Any, folder: Path) -> None:
-    own = hasattr(model, "save_pretrained")
-    library, what = "transformers" if own else "timm", f"this {type(model).__name__}"
+    transformers = hasattr(model, "save_pretrained")
+    library, what = "transformers" if transformers else "timm", f"this {type(model).__name__}"
     try:
-        if own:
-            model.save_pretrained(folder)
-        else:
-            import timm
-
-            timm.models.save_for_hf(model, str(folder), safe_serialization=True)
-        if getattr(model, "hf_quantizer", None) is not None:
-            return  # which writes how to read its weights
-        with torch.device("meta"):
-            again = type(model)(model.config) if own else timm.create_model(f"local-dir:{folder}")
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        again = (_as_transformers if transformers else _as_timm)(model, folder)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(
-            f"{library} cannot write a folder that builds {what} again: {error} Make the model "
+            f"{library} cannot write a folder that builds {what} again ({error}). Make the model "
             "with its library's own functions, from plain arguments, and quantize it after loading."
         ) from error
-    if other := _differing(_shapes(model.state_dict()), _shapes(again.state_dict())):
+    if other := again and _differing(_shapes(model.state_dict()), again):
         raise UnsupportedModelError(
             f"{library} builds another model from the config.json that it writes for {what} "
             f"({other}): it was changed after it was made. Take off what was put on (peft: "
             "merge_and_unload; torch's pruning and parametrizations: their remove), or save "
             "model.state_dict() your way. (timm before 1.0.31 does not note a model's arguments.)"
         )
+
+
+def _as_timm(model: Any, folder: Path) -> dict[str, list[int]]:
+    import timm
+
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    with torch.device("meta"):
+        return _shapes(timm.create_model(f"local-dir:{folder}").state_dict())
+
+
+def _as_transformers(model: Any, folder: Path) -> dict[str, list[int]] | None:
+    """The weights of the model that will be built; None where only the library can tell."""
+    model.save_pretrained(folder)
+    if getattr(model, "hf_quantizer", None) is not None:
+        return None
+    cls = surgery.original_class(model)
+    try:
+        with torch.device("meta"):
+            return _shapes(cls(model.config, **_beside(cls, model.state_dict())).state_dict())
+    except Exception:  # a class of somebody's own, which is built in its own way
+        return None
+
+
+def _beside(cls: Any, weights: Iterable[str]) -> dict[str, bool]:
+    """What a tower of transformers was built with beside its config, by the weights it has."""
+    names = list(weights)
+    found = {
+        "add_pooling_layer": any(name.startswith("pooler.") for name in names),
+        "use_mask_token": any(name.endswith(".mask_token") for name in names),
+    }
+    return {name: value for name, value in found.items() if name in signature(cls).parameters}
 
 
 def _differing(has: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> str:
@@ -201,9 +226,9 @@ def _load_dense(folder: Path) -> nn.Module:
             f"'{folder / 'config.json'}' cannot be read ({error}). It says which model this is; "
             "copy the whole folder again."
         ) from error
-    config = config if isinstance(config, dict) else {}
-    if "architecture" in config:
+    if source_of(folder) == "local-dir":
         return load_model(f"local-dir:{folder}").model
+    config = config if isinstance(config, dict) else {}
     if find_spec("transformers") is None:
         raise MissingExtraError("transformers", "transformers", f"Loading '{folder}'")
     import transformers
@@ -219,9 +244,12 @@ def _load_dense(folder: Path) -> nn.Module:
         )
     try:
         # Weights that are pickled are never read.
-        model, info = getattr(transformers, name).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        cls = getattr(transformers, name)
+        read = partial(cls.from_pretrained, folder, local_files_only=True, use_safetensors=True)
+        model, info = read(output_loading_info=True)
+        weights = model.state_dict().keys() - info["missing_keys"] | set(info["unexpected_keys"])
+        if _beside(cls, weights) != _beside(cls, model.state_dict()):
+            model, info = read(output_loading_info=True, **_beside(cls, weights))
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"transformers cannot load '{folder}': {error}") from error
     require_weights(info, str(folder), name)

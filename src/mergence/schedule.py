@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 
+from mergence.arguments import is_number, is_whole
 from mergence.errors import RecipeError, ScheduleError
-from mergence.setting import Setting, aligned, check, is_number, is_whole, multiple_on
+from mergence.setting import Setting, aligned, check, multiple_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +230,7 @@ class Counts(Schedule):
 
     def __post_init__(self) -> None:
         after: Any = self.after  # lists come from users and from JSON
-        if not isinstance(after, tuple | list):
+        if not isinstance(after, Sequence) or isinstance(after, str):
             raise ScheduleError(
                 f"after is {after!r}; give a list of the patch tokens left after each block."
             )

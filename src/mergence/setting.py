@@ -1,27 +1,13 @@
-"""What schedules are resolved for, which counts can be followed, and what is a number at all."""
+"""What schedules are resolved for: the model's numbers, and which counts it can follow."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from mergence.errors import ScheduleError
-
-
-def is_number(value: Any) -> bool:
-    """Whether an option, which may come from JSON, is a finite number; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= sys.float_info.max  # math.isfinite fails at a whole number beyond it
-
-
-def is_whole(value: Any) -> bool:
-    """Whether an option is a whole number; True and False are none."""
-    return isinstance(value, int) and is_number(value)
 
 
 def multiple_on(device: str, dtype: torch.dtype) -> int:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import mergence
+from mergence import family
 from mergence.outputs import answer
 from mergence.step import BlockStep
 
@@ -62,6 +64,21 @@ def test_a_hook_in_the_last_block_gets_its_patches(
         last.register_forward_hook(lambda module, x, y: seen.append(y))
         output(dense, image)
     assert seen[0].shape[1] == found.cost.prefix + 9
+
+
+def test_weights_that_are_set_before_a_layer_are_no_reader(vit: Any, left: list[int]) -> None:
+    for part in vit.blocks[-1].modules():
+        if isinstance(part, nn.Linear):
+            prune.l1_unstructured(part, "weight", 0.3)
+    mergence.apply(vit, schedule=SCHEDULE)
+    vit(torch.randn(1, 3, 96, 96))
+    assert left[-1] == 0
+
+
+def test_a_tower_is_described_without_its_head() -> None:
+    model = family.registry()["transformers"].tiny()["vit"]()
+    whole = mergence.describe(mergence.apply(model, schedule=SCHEDULE))
+    assert mergence.describe(model.get_submodule("vit")).counts == whole.counts
 
 
 def test_a_trace_shows_the_reduction_of_the_last_block(dense: nn.Module, image: Tensor) -> None:

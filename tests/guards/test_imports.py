@@ -17,7 +17,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "mergence"
 # import inside a function or under TYPE_CHECKING counts as well: it is the direction that matters.
 # `__init__` stands for the public names, so that nothing below the command line leans on them.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "outputs", "_version", "assets"),
+    ("errors", "arguments", "files", "outputs", "_version", "assets"),
     ("plan", "plugins"),
     ("ops",),
     ("planning", "importance"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mergence import family, surgery
 from mergence.api import applied, remove
+from mergence.arguments import check_several
 from mergence.calibration.effort import Work
 from mergence.calibration.latency import budget_for, share_of_time
 from mergence.calibration.outcome import Calibration, Found, Objective
@@ -30,7 +31,6 @@ from mergence.distances import (
     tempered_kl_divergence,
 )
 from mergence.errors import DataError, OptionError, ScheduleError
-from mergence.evaluation import check_several
 from mergence.method import Method, build
 from mergence.program import program_of, require_images_alone
 from mergence.recipe import Recipe

@@ -23,7 +23,7 @@ _MASKED = (
 )
 
 
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_READERS = "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 class ReducedContainer:
@@ -185,12 +185,15 @@ def same_library(model: nn.Module, block: nn.Module) -> bool:
 def unwatched(blocks: Any, *after: nn.Module) -> bool:
     """Whether no hook reads the tokens of a model's last block, in it or behind it.
 
+    Those before a part of the block do not count: pruning and weight norms set weights there.
+
     Args:
         blocks: The blocks, in their container.
         *after: What the tokens pass then, before the head.
     """
-    readers = (blocks, *blocks[-1].modules(), *after)
-    return not any(getattr(module, hooks) for module in readers for hooks in _HOOKS)
+    modules = (blocks, *blocks[-1].modules(), *after)
+    hooks = [getattr(module, readers) for module in modules for readers in _READERS]
+    return not any([*hooks, *(module._forward_pre_hooks for module in after)])
 
 
 def linear_macs(module: Any) -> int:

@@ -75,4 +75,5 @@ def source_of(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     keys = config.keys() if isinstance(config, dict) else ()
-    return "local-dir" if "architecture" in keys else "hf" if "architectures" in keys else None
+    # A timm model that transformers wraps has both.
+    return "hf" if "architectures" in keys else "local-dir" if "architecture" in keys else None

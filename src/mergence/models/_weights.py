@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,8 +18,7 @@ from mergence.errors import CheckpointError
 
 _HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where training scripts keep the weights in their files, the better ones first."""
-_ARGUMENTS: list[Any] = [Namespace]
-"""What timm and DeiT save beside the weights: it holds values, and runs nothing."""
+_ALLOWING = Lock()
 
 
 def load_weights(model: nn.Module, file: Path, spec: str) -> None:
@@ -72,11 +73,22 @@ def read_weights(file: Path, spec: str) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any]:
     if file.suffix == ".safetensors":
         return load_file(file)
-    with torch.serialization.safe_globals(_ARGUMENTS):
+    with _arguments_allowed():
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     state: dict[str, Any] = next((content[key] for key in _HOLDERS if key in content), content)
     # What DistributedDataParallel and torch.compile put in front.
     return {key.removeprefix("module.").removeprefix("_orig_mod."): v for key, v in state.items()}
+
+
+@contextmanager
+def _arguments_allowed() -> Iterator[None]:
+    """Let torch read what timm and DeiT save beside the weights: values, and it runs nothing."""
+    # torch's list is that of the process, and it would take off what somebody else has put on.
+    with _ALLOWING:
+        allowed = torch.serialization.get_safe_globals()
+        new: list[Any] = [] if Namespace in allowed else [Namespace]
+        with torch.serialization.safe_globals(new):
+            yield
 
 
 def require_weights(info: Mapping[str, Any], place: str, kind: str) -> None:
@@ -102,7 +114,7 @@ def _problem(file: Path, error: Exception) -> str:
     if not isinstance(error, UnpicklingError):
         return f"{type(error).__name__}: {first_line(error)}"
     try:
-        with torch.serialization.safe_globals(_ARGUMENTS):
+        with _arguments_allowed():
             held = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # an older format, or damaged bytes
         held = []
