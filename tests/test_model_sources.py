@@ -82,6 +82,13 @@ def test_a_checkpoint_of_image_and_text_gives_its_image_tower(
     torch.testing.assert_close(found, expected)
 
 
+def test_a_tower_projects_to_as_many_as_the_whole_says(tmp_path: Path) -> None:
+    config: Any = tiny_configuration("CLIPConfig")
+    config.projection_dim = 40
+    folder = saved(randomised(transformers.CLIPModel(config)).eval(), tmp_path)
+    assert run(load_model(f"hf:{folder}")).shape == (1, 40)
+
+
 def test_weights_of_transformers_from_another_file(tmp_path: Path) -> None:
     folder = saved(FAMILY.tiny()["vit"](), tmp_path / "one")
     other: Any = FAMILY.tiny()["vit"]()
@@ -185,12 +192,16 @@ def tiny_open_clip(tmp_path: Path) -> str:
     return file.stem
 
 
-def test_open_clip_by_name(tiny_open_clip: str, tmp_path: Path) -> None:
+def test_open_clip_by_name(
+    tiny_open_clip: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     import open_clip
 
     model = randomised(open_clip.create_model(tiny_open_clip)).eval()
     torch.save({"state_dict": model.state_dict(), "epoch": 1}, tmp_path / "weights.pt")
+    caplog.clear()
     loaded = load_model(f"open_clip:{tiny_open_clip}", checkpoint=tmp_path / "weights.pt")
+    assert "initialized randomly" not in caplog.text
     assert (loaded.mode, loaded.input_size) == ("RGB", (3, 96, 96))
     pixels = loaded.transform(PICTURE).unsqueeze(0)
     assert loaded.pixels(pixels).min() >= 0

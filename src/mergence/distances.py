@@ -59,4 +59,5 @@ def cosine_distance(dense: Tensor, reduced: Tensor) -> Tensor:
             f"be compared ({list(dense.shape)} and {list(reduced.shape)}). Give a model that pools "
             "them, or a backbone, whose maps have a place for every patch."
         )
-    return 1 - F.cosine_similarity(dense.flatten(1), reduced.flatten(1), dim=1)
+    cosine = F.cosine_similarity(dense.flatten(1), reduced.flatten(1), dim=1)
+    return (1 - cosine).clamp(min=0)  # equal ones may have a cosine of more than 1, by rounding

@@ -110,6 +110,11 @@ def test_bench_says_where_the_time_goes(tmp_path: Path) -> None:
     assert reduced["ms"]["planning"] > dense["ms"]["planning"] == 0
 
 
+def test_bench_takes_weights_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(MergenceError, match=r"missing: there is no file .*none\.pth"):
+        run("bench", "demo", "--macs", "0.5", "--checkpoint", tmp_path / "none.pth")
+
+
 @pytest.mark.parametrize("option", ["--batch-size", "--dtype", "--mode"])
 def test_bench_asks_for_a_setting(option: str) -> None:
     with pytest.raises(MergenceError, match=f"{option} ', ' names nothing"):

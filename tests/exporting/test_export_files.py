@@ -39,6 +39,23 @@ def images() -> Tensor:
     return torch.randn(6, 3, 96, 96, generator=torch.Generator().manual_seed(1))
 
 
+def test_a_program_of_transformers_is_read_without_transformers(tmp_path: Path) -> None:
+    model = mergence.apply(family.registry()["transformers"].tiny()["vit"](), macs=0.7)
+    images = torch.randn(2, 3, 96, 96)
+    mergence.export(model, tmp_path / "m.pt2", images)
+    torch.save(images, tmp_path / "images.pt")
+    program = (
+        "import sys, torch; sys.modules['transformers'] = sys.modules['mergence'] = None;"
+        "found = torch.export.load('m.pt2').module()(torch.load('images.pt'));"
+        "torch.save(found, 'found.pt')"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    found = torch.load(tmp_path / "found.pt")
+    assert found.keys() == {"logits"}
+    with torch.no_grad():
+        torch.testing.assert_close(found["logits"], model(images).logits, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_onnx_with_its_weights_beside_runs_from_its_place(
     model: Any, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -37,11 +37,12 @@ def bench(
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
     seed: o.Seed = 0,
+    checkpoint: o.Checkpoint = None,
     json: o.Json = None,
 ) -> None:
     """Time methods against the dense model, interleaved, and say whether they pay here."""
     check_json(json, *recipe or ())
-    recipes = o.recipes_of(method, recipe, macs, keep_rate, set_, o.saved_in(model))
+    recipes = o.recipes_of(method, recipe, macs, keep_rate, set_, o.saved_in(model, checkpoint))
     dtypes = [o.dtype_of(name) for name in _parts("--dtype", dtype)]
     place, modes = o.device_of(device), _parts("--mode", mode)
     batches = [_batch(size) for size in _parts("--batch-size", batch_size)]
@@ -52,7 +53,7 @@ def bench(
     torch.manual_seed(seed)
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded = o.load(model)
+    loaded = o.load(model, checkpoint)
     with progress("timing", len(dtypes) * (len(modes) + profile) * len(batches)) as advance:
         result = benchmark.bench(
             loaded.model,

@@ -68,8 +68,30 @@ def _explained(what: str) -> Iterator[None]:
             ) from error
 
 
+class _Plain(nn.Module):
+    """A model that answers with plain dicts where its library has a class of its own for that.
+
+    A program names the class, and could be read only where it was imported before.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        return _plain(self.model(images))
+
+
+def _plain(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return {key: _plain(value) for key, value in output.items() if value is not None}
+    return output
+
+
 def _program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     with torch.no_grad(), _explained("torch.export"):
+        if isinstance(model(images[:1]), Mapping):
+            model = _Plain(model).train(model.training)
         return torch.export.export(model, (images,), dynamic_shapes=_dynamic())
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,22 +44,38 @@ def named(name: str, checkpoint: Path | None) -> Built:
         )
     trained = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     try:
-        model, _, transform = open_clip.create_model_and_transforms(
-            architecture,
-            pretrained=tag if checkpoint is None else None,
-            # open_clip leaves the activation to the architecture, and warns where it is another.
-            force_quick_gelu=bool(trained.get("quick_gelu")),
-            image_mean=trained.get("mean"),
-            image_std=trained.get("std"),
-            image_interpolation=trained.get("interpolation"),
-            image_resize_mode=trained.get("resize_mode"),
-        )
+        with nullcontext() if checkpoint is None else _weights_follow():
+            model, _, transform = open_clip.create_model_and_transforms(
+                architecture,
+                pretrained=tag if checkpoint is None else None,
+                # open_clip leaves it to the architecture, and warns where it is another.
+                force_quick_gelu=bool(trained.get("quick_gelu")),
+                image_mean=trained.get("mean"),
+                image_std=trained.get("std"),
+                image_interpolation=trained.get("interpolation"),
+                image_resize_mode=trained.get("resize_mode"),
+            )
     except Exception as error:  # whatever open_clip, the hub client and the network raise
         raise CheckpointError(
             f"The weights of 'open_clip:{name}' cannot be had: {first_line(error)} "
             "Pass a local file with --checkpoint F (in Python: checkpoint=F)."
         ) from error
     return Built(model, checkpoint, partial(_describe, transform=transform))
+
+
+@contextmanager
+def _weights_follow() -> Iterator[None]:
+    """Keep open_clip from saying that the model is random, to which a file is loaded next."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "initialized randomly" not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(other)
+    try:
+        yield
+    finally:
+        root.removeFilter(other)
 
 
 def _describe(model: nn.Module, spec: str, *, transform: Any) -> LoadedModel:

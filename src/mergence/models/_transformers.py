@@ -57,13 +57,14 @@ def named(name: str, checkpoint: Path | None) -> Built:
             f"AutoImageProcessor.from_pretrained(ORIGINAL).save_pretrained('{folder}')."
         ) from error
     cls = _class(name, config)
-    if checkpoint is None:
-        source, options = place, {}
-    else:
+    own: Any = cls.config_class.from_pretrained(place)
+    if hasattr(config, "projection_dim"):  # of a tower: what the whole says, which its part may not
+        own.projection_dim = config.projection_dim
+    source: str | None = place
+    options = {"config": own}
+    if checkpoint is not None:
         # Through the library's own reader, because it saves under older names than it uses.
-        state = read_weights(checkpoint.expanduser(), f"hf:{name}")
-        options = {"config": cls.config_class.from_pretrained(place), "state_dict": state}
-        source = None
+        source, options["state_dict"] = None, read_weights(checkpoint.expanduser(), f"hf:{name}")
     try:
         model, info = cls.from_pretrained(source, output_loading_info=True, **options)
     except Exception as error:
