@@ -16,6 +16,8 @@ import mergence
 
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
+    # There is one state for a process, which another test may have left behind.
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield Accelerator(cpu=True, mixed_precision="bf16")
     AcceleratorState._reset_state(reset_partial_state=True)
 

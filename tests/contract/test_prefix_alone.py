@@ -52,8 +52,6 @@ def test_a_hook_in_the_last_block_gets_its_patches(
     dense: nn.Module, image: Tensor, output: Any, spec: Any, backward: bool
 ) -> None:
     found = spec(dense)
-    if not found.cost.prefix_alone:
-        pytest.skip("every patch is read anyway")
     mergence.apply(dense, schedule=SCHEDULE)
     seen: list[Tensor] = []
     if backward:
@@ -63,7 +61,8 @@ def test_a_hook_in_the_last_block_gets_its_patches(
         *_, last = (m for m in found.blocks[-1].modules() if isinstance(m, nn.Linear))
         last.register_forward_hook(lambda module, x, y: seen.append(y))
         output(dense, image)
-    assert seen[0].shape[1] == found.cost.prefix + 9
+    assert seen or not found.cost.prefix_alone  # some answer without their last block
+    assert {y.shape[1] for y in seen} <= {found.cost.prefix + 9}
 
 
 def test_weights_that_are_set_before_a_layer_are_no_reader(vit: Any, left: list[int]) -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,17 @@ from mergence.train import signals
 from mergence.train.signals import Readers, Requests, outlive_first
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As at a terminal; what a shell starts in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_what_comes_twice_within_moments_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun passes on to each process what a scheduler has sent to all of them."""
-    before = signal.getsignal(signal.SIGINT)
     with Requests() as requests:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
@@ -25,7 +34,7 @@ def test_what_comes_twice_within_moments_is_one_request(monkeypatch: pytest.Monk
         monkeypatch.setattr(signals, "SAME", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def reader(ready: Any, same: float) -> None:
