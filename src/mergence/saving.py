@@ -248,8 +248,9 @@ def _load_dense(folder: Path) -> nn.Module:
         read = partial(cls.from_pretrained, folder, local_files_only=True, use_safetensors=True)
         model, info = read(output_loading_info=True)
         weights = model.state_dict().keys() - info["missing_keys"] | set(info["unexpected_keys"])
-        if _beside(cls, weights) != _beside(cls, model.state_dict()):
-            model, info = read(output_loading_info=True, **_beside(cls, weights))
+        told = _beside(cls, weights)
+        if told != _beside(cls, model.state_dict()):
+            model, info = read(output_loading_info=True, **told)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"transformers cannot load '{folder}': {error}") from error
     require_weights(info, str(folder), name)

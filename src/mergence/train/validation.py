@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergence.data import Batch
+from mergence.devices import stop_training
 from mergence.distances import kl_divergence
 from mergence.errors import DataError
 from mergence.outputs import answer
@@ -102,8 +103,7 @@ def validate(
     Raises:
         DataError: No image could be read.
     """
-    training = model.training
-    model.eval()
+    back_to_training = stop_training(model)
     sums = torch.zeros(len(paths), 4)
     images = 0
     for number, (batch,) in enumerate(feed.epoch(0)):
@@ -124,7 +124,7 @@ def validate(
                 row[2] += (guess == known.argmax(dim=1)).sum().cpu()
                 row[3] += kl_divergence(known, logits).sum().cpu()
         images += len(batch)
-    model.train(training)
+    back_to_training()
     counted = torch.cat((torch.tensor([float(images)]), sums.flatten())).to(accelerator.device)
     total, *rest = accelerator.reduce(counted, "sum").tolist()
     if total == 0:
