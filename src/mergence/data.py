@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mergence.errors import DataError, MissingExtraError, OptionError
+from mergence.errors import DataError, MissingExtraError, OptionError, few
 from mergence.sources import (
     FASHION_MNIST_CLASSES,
     Demo,
@@ -237,7 +237,7 @@ def join(parts: Mapping[str, ImageData]) -> ImageData:
         if other.class_names != one.class_names or (other.labels is None) != (one.labels is None):
             raise DataError(
                 f"'{first}' and '{name}' do not have the same classes: "
-                f"{_few(one.class_names or ())} and {_few(other.class_names or ())}. Give parts "
+                f"{few(one.class_names or ())} and {few(other.class_names or ())}. Give parts "
                 "of one collection."
             )
     if not others:
@@ -309,7 +309,7 @@ def _classes(
     if loose:
         raise DataError(
             f"'{path}' mixes {loose} images without a class with {len(folders)} class folders "
-            f"({_few(folders)}). Move the loose images away, or all images into one folder."
+            f"({few(folders)}). Move the loose images away, or all images into one folder."
         )
     index = {folder: i for i, folder in enumerate(folders)}
     return folders, [index[p[0]] for p in parts]
@@ -342,16 +342,16 @@ def match_classes(
             return class_names, [index[folder] for folder in folders]
         num_classes = len(class_names)
     if num_classes is not None and num_classes != len(folders):
-        wanted = f": {_few(class_names)}" if class_names else ""
+        wanted = f": {few(class_names)}" if class_names else ""
         raise DataError(
-            f"'{path}' has {len(folders)} class folders ({_few(folders)}), but the model has "
+            f"'{path}' has {len(folders)} class folders ({few(folders)}), but the model has "
             f"{num_classes} classes{wanted}. Use the data that the model was trained for, or name "
             "the folders as the model names its classes."
         )
     if class_names is not None:
         warnings.warn(
-            f"The class folders of '{path}' ({_few(folders)}) are not called as the model's "
-            f"classes ({_few(class_names)}). They are taken in sorted order, folder by class; if "
+            f"The class folders of '{path}' ({few(folders)}) are not called as the model's "
+            f"classes ({few(class_names)}). They are taken in sorted order, folder by class; if "
             "that is not the order of the model's outputs, top-1 means nothing.",
             stacklevel=3,
         )
@@ -369,7 +369,3 @@ def _balanced(labels: Sequence[int], limit: int, seed: int) -> list[int]:
         seen[labels[position]] += 1
     turns.sort(key=lambda turn: turn[0])  # stable: ties stay shuffled
     return sorted(position for _, position in turns[:limit])
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -6,6 +6,8 @@ is changed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class MergenceError(RuntimeError):
     """Base of every error that mergence raises on purpose."""
@@ -67,3 +69,8 @@ class MissingExtraError(MergenceError):
             f"{what} needs the package '{package}', which is not installed. "
             f"Install it, in a checkout of mergence, with: pip install -e '.[{extra}]'"
         )
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

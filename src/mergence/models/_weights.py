@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mergence.errors import CheckpointError
+from mergence.errors import CheckpointError, few
 
 _HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where training scripts keep the weights in their files, the better ones first."""
@@ -39,7 +39,7 @@ def load_weights(model: nn.Module, file: Path, spec: str) -> None:
         "unexpected": [key for key in state if key not in own],
         "of another shape": sorted(shapes),
     }
-    if found := "; ".join(f"{len(p)} {what} ({_few(p)})" for what, p in problems.items() if p):
+    if found := "; ".join(f"{len(p)} {what} ({few(p)})" for what, p in problems.items() if p):
         raise CheckpointError(
             f"'{file}' does not fit '{spec}': {found}. Name the architecture that the weights were "
             "made for; for another number of classes, put them beside a config.json that says it "
@@ -118,11 +118,7 @@ def _problem(file: Path, error: Exception) -> str:
             held = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # an older format, or damaged bytes
         held = []
-    return f"it holds {_few(sorted(held))}" if held else "it is damaged, or holds more than tensors"
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"it holds {few(sorted(held))}" if held else "it is damaged, or holds more than tensors"
 
 
 def first_line(error: Exception) -> str:

@@ -54,7 +54,8 @@ class Logs:
             from torch.utils.tensorboard import SummaryWriter
 
             events: Any = SummaryWriter  # it is not typed
-            self.events = events(str(folder / "tensorboard"), purge_step=update + 1)
+            # A run that starts anew counts its first validation as step 0.
+            self.events = events(str(folder / "tensorboard"), purge_step=update and update + 1)
 
     def step(self, row: Row) -> None:
         """Note a step."""
