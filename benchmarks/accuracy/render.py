@@ -18,18 +18,24 @@ HERE = Path(__file__).parent
 START, END = "<!-- accuracy: made by benchmarks/accuracy/render.py -->", "<!-- /accuracy -->"
 INTRO = """# Accuracy
 
-Made by `python benchmarks/accuracy/render.py` from the files in `benchmarks/accuracy/results`; each
-of those was made by one command:
+How much of a model's accuracy each method keeps at a given share of the MACs. Nothing was \
+trained, and the MACs include everything.
+
+There are two comparisons:
+
+- Every method with the schedule of its own paper shows what the method gives.
+- Every method with the schedule calibrated for `mergence` shows what the calibration gives.
+
+Images to calibrate on come from the training archive, without labels. With every method, DeiT-S \
+does not compute the [last MLP](macs.md#the-last-mlp) of its patch tokens, which leaves room to \
+keep more of them elsewhere.
+
+This page is made by `python benchmarks/accuracy/render.py` from the files in \
+`benchmarks/accuracy/results`. Each of those files was made by one command:
 
 ```sh
 python benchmarks/accuracy/run.py MODEL --data VAL --calibrate-on TRAIN --out NAME.json
 ```
-
-Nothing was trained. Images to calibrate on come from the training archive, without labels; MACs
-include everything. Two comparisons: every method with the schedule of its own paper, which shows
-what the method gives, and every method with the schedule calibrated for `mergence`, which shows
-what the calibration gives. For DeiT-S nobody computes the [last MLP](macs.md#the-last-mlp) of patch
-tokens, which keeps more of them elsewhere, with every method.
 """
 KINDS = {
     "own": "each method with its own published schedule",
@@ -102,8 +108,9 @@ def _section(name: str, result: dict[str, Any], docs: Path) -> str:
             key=lambda m: min(row["kl"] for (n, _), row in chosen.items() if n == m),
         )
         caption = (
-            f"**{title[0].upper()}{title[1:]}.** Each cell: change of top-1 in points, KL in nats; "
-            "the MACs in brackets where they are not the column's."
+            f"**{title[0].upper()}{title[1:]}.** Each cell has the change of top-1 in points and "
+            "the KL divergence in nats; the MACs follow in brackets where they are not those of "
+            "the column."
         )
         lines += [caption, ""]
         lines += ["| method | " + " | ".join(budgets) + " |", "|---" * (len(budgets) + 1) + "|"]

@@ -14,27 +14,30 @@ HERE = Path(__file__).parent
 START, END = "<!-- speed: made by benchmarks/speed/render.py -->", "<!-- /speed -->"
 INTRO = """# Speed
 
-Made by `python benchmarks/speed/render.py` from the files in `benchmarks/speed/results`; each of
-those was made by one command on one device, where nothing else is said:
+`python benchmarks/speed/render.py` makes this page from the files in `benchmarks/speed/results`.
+Unless something else is said, one command on one device made each of those:
 
 ```sh
 python benchmarks/speed/run.py --out benchmarks/speed/results/NAME.json
 ```
 
-Each cell: how many times faster than the dense model in the same setting, and in brackets that
-times the share of the MACs: 1 where the time fell as much as the MACs. Dense and reduced models
-take turns, medians; compare cells of one row, not times of two runs. The dense model runs torch's
-fused attention, and reduced models what is fastest with sizes
-([which](benchmarking.md#what-a-device-allows)). Schedules are those that each method has without
-calibration. Bold where `mergence` is the fastest of the row at that budget.
+Each cell says how many times faster a model is than the dense model in the same setting. In
+brackets is that number times the share of the MACs: 1 where the time fell as much as the MACs.
 
-Below the speeds is what reducing costs: scoring + planning + merging in per cent of the dense
-forward, in eager mode ([what they are](benchmarking.md#where-the-time-goes)).
+- Dense and reduced models take turns; times are medians. Compare the cells of one row, not the
+  times of two runs.
+- The dense model runs torch's fused attention. Reduced models run what is fastest with sizes
+  ([which](benchmarking.md#what-a-device-allows)).
+- Each method has the schedule that it has without calibration.
+- Bold: `mergence` is the fastest of the row at that budget.
+
+Below the speeds is what reducing costs: scoring, planning and merging together, in per cent of the
+dense forward, in eager mode ([what they are](benchmarking.md#where-the-time-goes)).
 """
 LEAD = (
-    "How many times faster than the dense model `mergence` is in the same setting at 0.67 and at "
-    "0.5 of the MACs, not calibrated, where 1.49 and 2.00 is as much as the MACs; of the types and "
-    "modes that were timed on a machine (eager, compiled, CUDA graphs) the one in which the dense "
+    "Each cell says how many times faster `mergence` is than the dense model, at 0.67 and at 0.5 "
+    "of the MACs, not calibrated; 1.49 and 2.00 is what the MACs promise. Of the types and modes "
+    "that were timed on a machine (eager, compiled, CUDA graphs), it is the one in which the dense "
     "model is fastest. Every setting, other methods, and where the time goes: "
     "[docs/speed.md](docs/speed.md)."
 )
