@@ -165,6 +165,9 @@ def test_batches_may_come_from_any_loader(embedded: nn.Module) -> None:
         assert [(r.top1, r.kl) for r in found] == [
             (r.top1, pytest.approx(r.kl, rel=1e-4)) for r in expected
         ]
+    for name in ("labels", "label"):  # as transformers and datasets make them
+        found = evaluate(embedded, [{"pixel_values": images, name: labels}], recipes).results
+        assert [r.top1 for r in found] == [r.top1 for r in expected]
     assert evaluate(embedded, [images], recipes).results[1].top1 is None
     wrong: Any
     for wrong in ({"image": images}, [labels], "ab"):

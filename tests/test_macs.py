@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -128,6 +128,27 @@ def test_the_reduced_count_is_what_a_counter_sees(tiny_model: nn.Module, coarse:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch means to move it elsewhere
+def test_adapters_cost_nothing_so_that_merging_them_changes_no_schedule(fresh: Any) -> None:
+    class Adapted(nn.Module):  # as peft's
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer, self.in_features = layer, layer.in_features
+            self.out_features = layer.out_features
+            self.down = nn.Linear(layer.in_features, 4, bias=False)
+            self.up = nn.Linear(4, layer.out_features, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.base_layer(x) + self.up(self.down(x))
+            return y
+
+    model = fresh("timm-vit")
+    plain = mergence.describe(mergence.apply(model, macs=0.6))
+    for block in mergence.remove(model).blocks:
+        block.attn.qkv = Adapted(block.attn.qkv)
+    adapted = mergence.describe(mergence.apply(model, macs=0.6))
+    assert (adapted.counts, adapted.dense) == (plain.counts, plain.dense)
+
+
 def test_quantized_linear_layers_cost_what_they_did() -> None:
     # Their packed weights are no parameters any more, and were taken for nothing.
     model = timm.create_model("vit_tiny_patch16_224", img_size=64).eval()

@@ -130,6 +130,10 @@ def test_what_transformers_cannot_give_is_explained(
     FAMILY.tiny()["videomae"]().save_pretrained(folder)
     with pytest.raises(UnsupportedModelError, match=r"VideoMAEFor.*takes video;.*mergence\.apply"):
         load_model(f"hf:{folder}")
+    config["architectures"] = ["Siglip2ForImageClassification"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=r"more than images of one.*mergence\.apply"):
+        load_model(f"hf:{folder}")
     for cls in ("OwlViTForObjectDetection", "Blip2ForImageTextRetrieval"):
         config = tiny_configuration(f"{cls.partition('For')[0]}Config")
         saved(getattr(transformers, cls)(config), folder)

@@ -10,6 +10,7 @@ from torch import nn
 
 import mergence
 from mergence import family, ops
+from mergence.errors import DataError
 from mergence.method import names
 from mergence.plan import DROPPED, MergePlan
 
@@ -99,3 +100,10 @@ def test_tracing_ends_with_the_call_also_when_it_fails(vit: nn.Module) -> None:
         mergence.trace(vit, torch.randn(1, 3, 97, 97))
     assert vit._mergence.run.observer is None
     assert vit(torch.randn(1, 3, 96, 96)).isfinite().all()
+
+
+def test_images_that_are_no_tensor_are_named(vit: nn.Module) -> None:
+    mergence.apply(vit, macs=0.6)
+    inputs: Any = {"pixel_values": torch.randn(1, 3, 96, 96)}
+    with pytest.raises(DataError, match=r"are a dict;.*inputs\['pixel_values'\]"):
+        mergence.trace(vit, inputs)

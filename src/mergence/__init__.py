@@ -7,6 +7,7 @@ Public names are imported at first use, so that `import mergence` and the comman
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mergence._version import __version__ as __version__
@@ -72,18 +73,14 @@ __all__ = [
 ]
 
 
-_MODULES = ("data", "errors", "methods", "models", "planning", "train")
-"""Those that documented names are in."""
-
-
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"mergence.{name}")
     for module, names in _HOME.items():
         if name in names:
             value = getattr(import_module(f"mergence.{module}"), name)
             globals()[name] = value
             return value
+    if find_spec(f"mergence.{name}") is not None:
+        return import_module(f"mergence.{name}")
     raise AttributeError(f"module 'mergence' has no attribute '{name}'")
 
 

@@ -77,8 +77,12 @@ class Batch:
         return replace(self, images=self.images.pin_memory(), labels=labels)
 
 
-Batches = Iterable[Batch | Tensor | Sequence[Any]]
-"""Images as `loader` yields them, or as any other loader does: alone, or with labels."""
+Batches = Iterable[Batch | Tensor | Sequence[Any] | Mapping[str, Any]]
+"""Images as `loader` yields them, or as any other loader does: alone, or with labels.
+
+A mapping is what transformers and datasets make: images are its `pixel_values`, and labels its
+`labels` or its `label`.
+"""
 
 
 def as_batches(batches: Batches) -> Iterator[Batch]:
@@ -91,11 +95,18 @@ def as_batches(batches: Batches) -> Iterator[Batch]:
         if isinstance(found, Batch):
             yield found
             continue
-        images, labels = (found, None) if isinstance(found, Tensor) else (*found, None, None)[:2]
+        images: Any
+        if isinstance(found, Tensor):
+            images, labels = found, None
+        elif isinstance(found, Mapping):
+            images, labels = found.get("pixel_values"), found.get("labels", found.get("label"))
+        else:
+            images, labels = (*found, None, None)[:2]
         if not isinstance(images, Tensor) or images.ndim < 4:
             raise DataError(
                 f"A batch is a {type(found).__name__} without images. Give tensors [B, C, H, W], "
-                "pairs of images and labels, or what mergence.data.loader yields."
+                "pairs of images and labels, mappings with pixel_values and labels, or what "
+                "mergence.data.loader yields."
             )
         try:
             labels = torch.as_tensor(labels)

@@ -283,7 +283,7 @@ def program_of(model: nn.Module) -> Program:
     if not isinstance(program, Program):
         inside = [n for n, m in model.named_modules() if isinstance(surgery.attachment(m), Program)]
         hint = (
-            f"Its part '.{inside[0]}' is: pass that."
+            f"Its part '.{inside[0]}' is: pass that, or apply to the whole."
             if inside
             else "Apply first: mergence.apply(model, macs=0.67)."
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mergence import ops
-from mergence.errors import MergenceError
+from mergence.errors import DataError, MergenceError
 from mergence.plan import MergePlan
 from mergence.program import program_of, require_images_alone
 from mergence.state import Carry
@@ -89,8 +89,14 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
 
     Raises:
         MergenceError: The model is not reduced, or does not take images alone.
+        DataError: The images are no tensor.
     """
     program = program_of(model)
+    if not isinstance(images, Tensor):
+        raise DataError(
+            f"The images are a {type(images).__name__}; give a tensor [B, C, H, W]. What a "
+            "processor made has one as inputs['pixel_values']."
+        )
     require_images_alone(model)
     observer = program.run.observer = _Observer()
     try:

@@ -6,6 +6,8 @@ import dataclasses
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,15 @@ def test_every_public_name_is_documented() -> None:
         if not name.startswith("__") and not re.search(rf"\b{re.escape(name)}\b", text)
     ]
     assert not missing, f"in mergence.__all__, but neither in README.md nor in docs/: {missing}"
+
+
+def test_every_dotted_name_is_found_by_a_fresh_process() -> None:
+    # Whatever was imported before hides one that is not.
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages())
+    names = sorted(set(re.findall(r"\bmergence(?:\.[a-z_]+)+\.[A-Za-z_]+\b(?!\.)", text)))
+    assert "mergence.recipe.make" in names
+    code = f"import mergence\nfor name in {names}:\n    eval(name)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_every_public_name_exists() -> None:

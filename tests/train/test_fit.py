@@ -24,6 +24,7 @@ from mergence.models import load_model
 from mergence.recipe import make
 from mergence.train import Config, Status, build, fit
 from mergence.train.config import read_yaml
+from mergence.train.result import WEIGHTS, save_model
 from mergence.train.run import Run
 
 Build = Callable[..., Config]
@@ -334,6 +335,7 @@ def test_a_model_of_transformers_is_trained(config: Build, tmp_path: Path) -> No
     trained = mergence.load(summary.model)
     assert type(trained).__name__ == "ViTForImageClassification"
     assert mergence.recipe_of(trained) == make("mergence", macs=0.67, align=1)
+    assert load_model(f"hf:{summary.model}").input_size == (3, 32, 32)  # by its image processor
     with pytest.raises(OptionError, match=r"scratch starts from random weights.*timm's models"):
         build.open_model(config(model=settings.model, scratch=True))
     with pytest.raises(OptionError, match="only timm's models tell"):
@@ -370,9 +372,9 @@ def test_what_was_learned_is_kept_for_libraries_without_a_folder(
     model = mergence.apply(fresh("torchvision-vit"), "mstm", keep_rate=0.7, fusion=True)
     learned = {n: torch.randn_like(p) for n, p in model.state_dict().items() if ".mergence." in n}
     model.load_state_dict(learned, strict=False)
-    build.save_model(tmp_path, model, [], {"mstm": mergence.recipe_of(model)})
+    save_model(tmp_path, model, [], {"mstm": mergence.recipe_of(model)})
     start = Config(
-        model="torchvision:vit_b_16", data="demo", checkpoint=str(tmp_path / build.WEIGHTS), out="o"
+        model="torchvision:vit_b_16", data="demo", checkpoint=str(tmp_path / WEIGHTS), out="o"
     )
     again = mergence.apply(fresh("torchvision-vit"), tmp_path / "mergence.json")
     build.load_learned(start, again)

@@ -200,15 +200,14 @@ def linear_macs(module: Any) -> int:
     """Multiply-adds of a module's linear layers for one token.
 
     A linear layer has one for each weight, also where quantization has packed its weights into
-    something else than a parameter of that shape; `nn.MultiheadAttention` keeps the weights of
-    three in one parameter of its own.
+    something else than a parameter of that shape, and without the adapters around it, which are
+    merged into it later. `nn.MultiheadAttention` keeps the weights of three in one parameter of
+    its own.
     """
-    macs: int = sum(map(linear_macs, module.children()))
-    if macs == 0 and hasattr(module, "in_features"):
-        macs = module.in_features * module.out_features
-    else:
-        macs += sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
-    return macs
+    if hasattr(module, "in_features"):
+        return int(module.in_features * module.out_features)
+    own: int = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
+    return own + sum(map(linear_macs, module.children()))
 
 
 def mean_by_size(x: Tensor, size: Tensor) -> Tensor:

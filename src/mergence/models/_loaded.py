@@ -27,6 +27,7 @@ class LoadedModel:
         input_size: Channels, height and width.
         mean: What the transform subtracts from pixels in [0, 1], a number a channel.
         std: What it divides them by afterwards.
+        processor: What prepares its images, of a library that keeps that beside the model.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class LoadedModel:
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    processor: Any = None
 
     def pixels(self, images: Tensor) -> Tensor:
         """Undo the normalisation: `[B, C, H, W]` as the model takes it, to pixels in [0, 1]."""

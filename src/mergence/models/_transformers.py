@@ -86,9 +86,16 @@ def _class(name: str, config: Any) -> Any:
     from mergence.family import registry
 
     family = registry()["transformers"]
-    known = {model.rpartition(".")[2] for model in family.models}
     saved = (getattr(config, "architectures", None) or ["?"])[0]
-    if saved not in known:
+    covered = [
+        f for f in registry().values() if any(m.rpartition(".")[2] == saved for m in f.models)
+    ]
+    if covered and family not in covered:
+        raise UnsupportedModelError(
+            f"'hf:{name}' was saved from the class {saved}, whose input is more than images of one "
+            "size. Load it in Python and use mergence.apply."
+        )
+    if not covered:
         raise UnsupportedModelError(
             f"'hf:{name}' was saved from the class {saved}. Known: {family.supported}."
         )
@@ -140,6 +147,7 @@ def _describe(model: Any, spec: str, *, processor: Any) -> LoadedModel:
         input_size=(channels, height, width),
         mean=tuple(processor.image_mean) if normalised else (0.0,) * 3,
         std=tuple(processor.image_std) if normalised else (1.0,) * 3,
+        processor=processor,
     )
 
 

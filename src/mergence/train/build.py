@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from mergence import family, saving, surgery
-from mergence.api import recipe_of, remove
 from mergence.data import ImageData, join, open_images
 from mergence.errors import DataError, MissingExtraError, OptionError, UnsupportedModelError
 from mergence.evaluation import DENSE
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Data = ImageData | StreamData
-
-WEIGHTS = "model.safetensors"
 
 # The schedules that are a function of the step alone, so that a run can go on at any of them.
 SCHEDULES = ("cosine", "tanh", "poly", "step", "constant")
@@ -362,32 +358,3 @@ def _known(option: str, name: str, names: Any) -> None:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(sorted(names))}."
         raise OptionError(f"There is no {option} '{name}'. {hint}")
-
-
-def save_model(
-    folder: Path, model: nn.Module, names: Sequence[str], recipes: Mapping[str, Recipe]
-) -> None:
-    """Write a trained model with its recipe, as `mergence.save` does; `mergence.load` reads it.
-
-    Libraries without a folder layout of their own (torchvision, open_clip) get the dense weights,
-    for `checkpoint`, what the method has learned beside them, and the recipe.
-
-    Args:
-        folder: Where to.
-        model: The model with its trained weights, reduced by the first recipe.
-        names: What its classes are called.
-        recipes: The reductions that it was trained for; those after the first are written by name.
-    """
-    timms: Any = model
-    if hasattr(model, "pretrained_cfg"):
-        new = {"label_names": list(names), "num_classes": timms.num_classes}
-        timms.pretrained_cfg = dict(timms.pretrained_cfg) | new
-    if hasattr(model, "pretrained_cfg") or hasattr(model, "save_pretrained"):
-        saving.save(model, folder)
-    else:
-        recipe_of(model).save(folder / saving.RECIPE)
-        if learned := saving.learned_by(model):
-            save_file(learned, folder / saving.LEARNED_WEIGHTS)
-        save_file(remove(model).state_dict(), folder / WEIGHTS)
-    for name, recipe in list(recipes.items())[1:]:
-        recipe.save(folder / f"{name.replace(' ', '-')}.json")

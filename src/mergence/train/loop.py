@@ -17,10 +17,11 @@ from mergence.data import Batch
 from mergence.errors import DataError, MergenceError, OptionError, TrainingError
 from mergence.evaluation import DENSE
 from mergence.files import staged
-from mergence.train import build, checkpoint
+from mergence.train import checkpoint
 from mergence.train.config import Config
 from mergence.train.levels import Choice
 from mergence.train.logs import Logs, Row, Status
+from mergence.train.result import save_model
 from mergence.train.run import Run
 from mergence.train.seeding import seed_all
 from mergence.train.signals import Requests
@@ -266,7 +267,9 @@ class _Loop:
         run.on_main(
             lambda: checkpoint.write_folder(
                 folder,
-                lambda place: build.save_model(place, model, run.class_names, run.recipes),
+                lambda place: save_model(
+                    place, model, run.class_names, run.recipes, run.loaded.processor
+                ),
             )
         )
         if self.logs is not None:
