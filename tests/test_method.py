@@ -83,6 +83,19 @@ def test_a_method_without_a_rule_cannot_be_made() -> None:
         mergence.Method()  # type: ignore[abstract]
 
 
+def test_an_option_without_a_default_is_asked_for(
+    pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Demanding(pairs):  # type: ignore[misc]
+        k: int
+
+    monkeypatch.setitem(methods._REGISTRY, "pairs", Demanding)
+    with pytest.raises(OptionError, match=r"'pairs' needs a value for its option 'k'.*k=\.\.\."):
+        methods.build("pairs", {})
+    assert methods.build("pairs", {"k": 3}) == Demanding(k=3)
+
+
 def kept(tokens: TokenView, slots: int) -> MergePlan:
     return keep_highest(tokens.size, slots).drop(tokens.size)
 
@@ -114,7 +127,7 @@ def test_what_cannot_be_a_method_is_refused_when_it_is_registered(pairs: Any) ->
     before = methods.names()
     for needs in ("keys", {"key"}):
         wrong = type("Wrong", (pairs,), {"needs": needs})
-        with pytest.raises(OptionError, match=r"Wrong\.needs names key.*importance, keys"):
+        with pytest.raises(OptionError, match=r"Wrong\.needs is .*'key.*importance, keys"):
             mergence.register("wrong")(wrong)
     with pytest.raises(OptionError, match="no subclass of Method"):
         mergence.register("wrong")(len)  # type: ignore[type-var]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import nn
 
 import mergence
 from mergence import family, schedule
+from mergence import method as methods
 from mergence.errors import MergenceError, OptionError, RecipeError
 from mergence.files import staged
-from mergence.method import build
+from mergence.method import Method, build, register
+from mergence.methods import Mergence
 from mergence.recipe import Recipe, make
 from mergence.schedule import Constant, Counts, KeepRate, Macs
 
@@ -82,6 +85,43 @@ def test_a_recipe_is_made_of_what_it_can_carry() -> None:
     for arguments, message in wrong:
         with pytest.raises(OptionError, match=message):
             Recipe(*arguments)
+
+
+@pytest.fixture
+def free() -> Iterator[type[Method]]:
+    """A method whose options take anything."""
+
+    @register("free")
+    @dataclass(frozen=True, kw_only=True)
+    class Free(Mergence):
+        first: Any = None
+        second: Any = None
+
+    yield Free
+    del methods._REGISTRY["free"]
+
+
+def test_options_of_several_values_survive_a_file_and_can_be_told_apart(
+    free: Any, tmp_path: Path
+) -> None:
+    for recipe in (
+        make("free", macs=0.67, first=[1.0, [2, "a"]], second={"a": [1]}),
+        make(free(first=(1.0, (2, "a")), second={"a": (1,)}), macs=0.67),
+    ):
+        assert recipe.method.first == (1.0, (2, "a"))  # type: ignore[attr-defined]
+        recipe.save(tmp_path / "recipe.json")
+        assert Recipe.load(tmp_path / "recipe.json") == recipe
+    assert hash(make("free", macs=0.67, first=[1, [2]]).method)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(2), {1}, torch.float32, len, float("nan"), KeepRate()], ids=repr
+)
+def test_what_json_cannot_hold_is_refused_when_the_recipe_is_made(value: Any, free: Any) -> None:
+    with pytest.raises(OptionError, match=r"Free\.second is .*a recipe cannot hold; give a number"):
+        make("free", macs=0.67, second=value)
+    with pytest.raises(OptionError, match=r"Free\.first is \[1\].*a tuple"):
+        make(free(first=[1]), macs=0.67)
 
 
 @pytest.mark.parametrize("data", [[], None, "tome", 5], ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import json
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -16,12 +17,10 @@ from torch import Tensor, nn
 
 from mergence import plugins
 from mergence.arguments import is_number, is_whole
+from mergence.declaration import check_declared, full_name
 from mergence.errors import OptionError, PluginError, RecipeError, UnknownNameError
 from mergence.plan import MergePlan, TokenView
 from mergence.schedule import Schedule
-
-NEEDS = frozenset({"importance", "keys", "received"})
-"""What a rule may read beside the tokens; see `TokenView`."""
 
 
 class Learned(nn.Module, ABC):
@@ -132,40 +131,34 @@ def register(name: str) -> Callable[[M], M]:
 
     Raises:
         UnknownNameError: Another method has the name already.
-        OptionError: The class is no method, or its `needs` names what there is not.
+        OptionError: The name can be none, the class is no method, or what it declares would have no
+            effect.
     """
+    given: Any = name
+    if not isinstance(given, str) or not name or name.endswith(".json") or "/" in name:
+        raise OptionError(
+            f"A method's name is {given!r}; give a text that cannot be taken for the path of a "
+            'recipe: @mergence.register("name").'
+        )
 
     def add(cls: M) -> M:
-        _check(cls)
+        found: Any = cls
+        if not isinstance(found, type) or not issubclass(found, Method):
+            raise OptionError(f"{cls!r} is registered as a method, and is no subclass of Method.")
+        check_declared(cls, Method)
         if not cls.__module__.startswith("mergence.methods."):
             _discover_own()  # or the name of one of them could be taken from it
         taken = _REGISTRY.get(name)
-        if taken is not None and _full_name(taken) != _full_name(cls):
+        if taken is not None and full_name(taken) != full_name(cls):
             raise UnknownNameError(
-                f"The method name '{name}' is taken by {_full_name(taken)}. "
-                f"Choose another name for {_full_name(cls)}."
+                f"The method name '{name}' is taken by {full_name(taken)}. "
+                f"Choose another name for {full_name(cls)}."
             )
         cls.name = name
         _REGISTRY[name] = cls
         return cls
 
     return add
-
-
-def _full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _check(cls: Any) -> None:
-    if not isinstance(cls, type) or not issubclass(cls, Method):
-        raise OptionError(f"{cls!r} is registered as a method, and is no subclass of Method.")
-    needs: Any = cls.needs
-    unknown = {needs} if isinstance(needs, str) else set(needs) - NEEDS
-    if unknown:
-        raise OptionError(
-            f"{_full_name(cls)}.needs names {', '.join(sorted(unknown))}; give a frozenset of "
-            f"{', '.join(sorted(NEEDS))}."
-        )
 
 
 @cache
@@ -198,19 +191,38 @@ def registry() -> Mapping[str, type[Method]]:
     return dict(sorted(_REGISTRY.items()))
 
 
-def check_registered(method: Method) -> None:
-    """Check that a method is found again by the name that recipes write down.
+def check_recordable(method: Method) -> None:
+    """Check that a recipe can hold a method, so that it is the same when it is read again.
 
     Raises:
-        OptionError: Its class has no name, or that of the class it is made from.
+        OptionError: Its class has no name, or that of the class it is made from; or JSON cannot
+            hold the value of an option.
     """
     cls = type(method)
     found = registry().get(getattr(cls, "name", ""))
-    if found is None or _full_name(found) != _full_name(cls):
+    if found is None or full_name(found) != full_name(cls):
         raise OptionError(
-            f"{_full_name(cls)} has no name of its own, by which a recipe could name it. Put "
+            f"{full_name(cls)} has no name of its own, by which a recipe could name it. Put "
             '@mergence.register("name") above the class.'
         )
+    for name in cls.options():
+        value = getattr(method, name)
+        try:
+            same = _without_lists(json.loads(json.dumps(value))) == value
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise OptionError(
+                f"{cls.__name__}.{name} is {value!r}, which a recipe cannot hold; give a number, "
+                "True, False, None, a text or a tuple of these."
+            )
+
+
+def _without_lists(value: Any) -> Any:
+    """A value that may come from JSON with tuples in place of lists, as frozen objects hold."""
+    if isinstance(value, dict):
+        return {key: _without_lists(one) for key, one in value.items()}
+    return tuple(map(_without_lists, value)) if type(value) in (list, tuple) else value
 
 
 def names() -> list[str]:
@@ -223,7 +235,7 @@ def build(name: str, options: Mapping[str, Any]) -> Method:
 
     Raises:
         UnknownNameError: No method has that name.
-        OptionError: An option is unknown or its value is out of range.
+        OptionError: An option is unknown or missing, or its value is out of range.
     """
     known = registry()
     if name not in known:
@@ -239,7 +251,14 @@ def build(name: str, options: Mapping[str, Any]) -> Method:
             f"Method '{name}' has no option '{unknown[0]}'. "
             f"Its options: {', '.join(cls.options())}."
         )
-    return cls(**options)
+    fields = (field for field in dataclasses.fields(cls) if field.name not in options)
+    for field in fields:
+        if field.default is field.default_factory is dataclasses.MISSING:
+            raise OptionError(
+                f"Method '{name}' needs a value for its option '{field.name}'. Give one "
+                f"({field.name}=...), or give the option a default in its class."
+            )
+    return cls(**{key: _without_lists(value) for key, value in options.items()})
 
 
 def from_dict(data: Mapping[str, Any]) -> Method:

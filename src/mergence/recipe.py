@@ -51,7 +51,7 @@ class Recipe:
         for part, value, kind, wanted in parts:
             if not isinstance(value, kind):
                 raise OptionError(f"A recipe's {part} {value!r}; give {wanted}.")
-        methods.check_registered(self.method)
+        methods.check_recordable(self.method)
         align = self.align
         if align is not None and (not is_whole(align) or align < 1):
             raise OptionError(

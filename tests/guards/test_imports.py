@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("coarse",),
     ("macs", "setting"),
     ("schedule",),
+    ("declaration",),
     ("method", "family"),
     ("multiscale",),
     ("methods",),
