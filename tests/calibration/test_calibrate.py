@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ from mergence.methods import Mergence, Mstm
 from mergence.schedule import Counts
 
 PATCHES = 36
+
+
+@dataclass(frozen=True, kw_only=True)
+class Open(Mergence):
+    """A method of which calibration cannot try every value."""
+
+    name: ClassVar[str] = "open"
+    tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {"top": (1, 2), "alpha": (0.5, -1)}
+    top: int | None = None
 
 
 @pytest.fixture
@@ -251,6 +261,8 @@ def test_images_of_two_sizes_are_refused(model: nn.Module, batches: list[Batch])
         ({"budgets": [0.7], "images": 0}, "images is 0"),
         ({"budgets": [0.7], "trials": -1}, "trials is -1"),
         ({"budgets": [0.7], "method": Mstm(fusion=True)}, "module that is learned"),
+        ({"budgets": [0.7], "method": Open()}, r"Open\.top is None.*tune=False"),
+        ({"budgets": [0.7], "method": Open(top=2)}, r"Open\.alpha is -1"),
     ],
 )
 def test_wrong_arguments_are_named(

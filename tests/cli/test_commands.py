@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 import mergence
 from mergence import demo, family
 from mergence.cli import app, main
+from mergence.cli.calibrate import _short
 from mergence.errors import MergenceError
 from mergence.recipe import make
 
@@ -278,3 +279,7 @@ def test_calibrate_writes_a_family_of_recipes_and_their_frontier(
 def test_calibrate_refuses_before_any_work(options: tuple[str, ...], message: str) -> None:
     with pytest.raises(MergenceError, match=message):
         run("calibrate", "demo", "--data", "demo", *options)
+
+
+def test_an_option_that_calibration_left_alone_is_shown_whatever_it_is() -> None:
+    assert [_short(value) for value in (0.25, 1.0, None)] == ["0.25", "1", "None"]

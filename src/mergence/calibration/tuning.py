@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mergence import family, surgery
 from mergence.api import applied, remove
-from mergence.arguments import check_several
+from mergence.arguments import check_several, is_number
 from mergence.calibration.effort import Work
 from mergence.calibration.latency import budget_for, share_of_time
 from mergence.calibration.outcome import Calibration, Found, Objective
@@ -114,9 +114,7 @@ def calibrate(
         require_images_alone(model)
         spec = family.find(model).inspect(model)
         check_classes(spec.classes)
-        options = dict(method.tunable) if tune else {}
-        if not spec.coarse:
-            options.pop("coarse", None)
+        options = _options(method, spec.coarse) if tune else {}
         objective = objective or ("kl" if spec.classes else "cosine")
         distance, searched = OBJECTIVES[objective]
         pixels, skipped = _first_images(batches, images, device, dtype)
@@ -179,6 +177,21 @@ def calibrate(
     finally:
         back()
         back_to_training()
+
+
+def _options(method: Method, coarse: bool) -> dict[str, tuple[float, ...]]:
+    """Options and their values to try, each of which the method takes."""
+    options = {name: v for name, v in method.tunable.items() if coarse or name != "coarse"}
+    for name, values in options.items():
+        value = getattr(method, name)
+        if not isinstance(value, bool) and not is_number(value):
+            raise OptionError(
+                f"{type(method).__name__}.{name} is {value!r}, and calibration tries larger and "
+                "smaller numbers. Give a number, or calibrate with tune=False (--no-tune)."
+            )
+        for other in values:
+            dataclasses.replace(method, **{name: other})
+    return options
 
 
 def _first_images(

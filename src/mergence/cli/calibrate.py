@@ -151,7 +151,7 @@ def _table(result: Calibration, model: str) -> None:
             _number(one.distance) + ("" if one.complete else " (interrupted)"),
             _number(one.uncalibrated),
             str(one.trials),
-            ", ".join(f"{k}={options[k]:g}" for k in one.recipe.method.tunable),
+            ", ".join(f"{k}={_short(options[k])}" for k in one.recipe.method.tunable),
             " ".join(map(str, schedule["after"])),
         )
     console.print(table)
@@ -161,6 +161,10 @@ def _table(result: Calibration, model: str) -> None:
         style="dim",
     )
     skipped(result.skipped)
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _number(value: float | None) -> str:
