@@ -109,6 +109,10 @@ WRONG: dict[str, tuple[Callable[[TokenView, int], Any], str]] = {
     "short": (lambda t, s: replace(kept(t, s), weight=t.size[:, 1:]), r"weight is \[2, 35\]"),
     "one image": (lambda t, s: replace(kept(t, s), slot=kept(t, s).slot[0]), r"slot is \[36\]"),
     "one for all": (lambda t, s: replace(kept(t, s), slot=kept(t, s).slot[:1]), r"slot is \[1, 36"),
+    "a list": (lambda t, s: replace(kept(t, s), slot=[0] * 36), "slot is a list; give a tensor"),
+    "no weight": (lambda t, s: replace(kept(t, s), weight=None), "weight is a NoneType; give a"),
+    "in place": (lambda t, s: (t.x.sub_(1), kept(t, s))[1], "'pairs' changed the tokens or"),
+    "in place, sizes": (lambda t, s: (t.size.add_(1), kept(t, s))[1], r"in place.*x\.clone\(\)"),
     "too many": (lambda t, s: kept(t, 99), "99 of 36 tokens are to stay"),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +12,9 @@ from torch import nn
 
 import mergence
 from mergence import family, ops
-from mergence.errors import DataError
+from mergence.errors import DataError, PlanError
 from mergence.method import names
+from mergence.methods import TopK
 from mergence.plan import DROPPED, MergePlan
 
 IMAGES = 2
@@ -107,3 +110,25 @@ def test_images_that_are_no_tensor_are_named(vit: nn.Module) -> None:
     inputs: Any = {"pixel_values": torch.randn(1, 3, 96, 96)}
     with pytest.raises(DataError, match=r"are a dict;.*inputs\['pixel_values'\]"):
         mergence.trace(vit, inputs)
+
+
+WRONG: dict[str, tuple[Callable[[MergePlan], MergePlan], str]] = {
+    "too high": (lambda p: replace(p, slot=p.slot + 1), r"has slot 24; give 0 to 23, or -1"),
+    "too low": (lambda p: replace(p, slot=p.slot.masked_fill(p.slot < 0, -2)), "has slot -2"),
+    "empty": (lambda p: replace(p, slot=p.slot.clamp(max=22)), "slot 23 of image 0 is empty"),
+    "nothing": (lambda p: replace(p, weight=0 * p.weight), r"of image 0 has weight 0\.0; weights"),
+    "NaN": (lambda p: replace(p, weight=p.weight * float("nan")), "has weight nan"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_trace_looks_at_the_values_of_a_plan(
+    name: str, vit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, message = WRONG[name]
+    rule = TopK.plan
+    monkeypatch.setattr(TopK, "plan", lambda *given: change(rule(*given)))
+    mergence.apply(vit, "topk", schedule=[36, 24, 24, 24, 24, 24])
+    with pytest.raises(PlanError, match=f"'topk' made a wrong plan in block 2: .*{message}"):
+        mergence.trace(vit, torch.randn(IMAGES, 3, 96, 96))
+    assert vit._mergence.run.observer is None

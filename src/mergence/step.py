@@ -160,8 +160,17 @@ class BlockStep:
             run.lap("scoring")
             block, depth = self.index + 1, self.program.depth
             view = TokenView(patches, size, block, depth, importance, keys, received)
+            versions = _versions(view)
             plan = _checked(method.plan(view, slots), view, slots, method.name)
+            if _versions(view) != versions:
+                raise PlanError(
+                    f"Method '{method.name}' changed the tokens or their sizes in place while it "
+                    "planned, and so the model. Work on copies: x.sub(y) or x.clone().sub_(y), not "
+                    "x.sub_(y)."
+                )
             run.lap("planning")
+            if run.observer is not None:
+                run.observer.planned(block, plan)
             merged, after = self.program.merged(x, size, carry, plan)
             if self.program.cost.placed and importance is not None:
                 position = ops.most_important(plan, importance)
@@ -174,13 +183,26 @@ class BlockStep:
         return merged, after
 
 
+def _versions(view: TokenView) -> list[int]:
+    """How often the tokens and sizes were changed in place, as far as torch counts that."""
+    if torch.compiler.is_compiling():
+        return []
+    return [x._version for x in (view.x, view.size) if not x.is_inference()]
+
+
 def _checked(plan: Any, view: TokenView, slots: int, method: str) -> MergePlan:
     """A method's plan, of whose shapes everything else is made."""
     if not isinstance(plan, MergePlan):
         raise PlanError(f"Method '{method}' made a {type(plan).__name__} in place of a MergePlan.")
     if plan.slots != slots:
         raise PlanError(f"Method '{method}' made {plan.slots} slots where {slots} were asked for.")
-    for name, value in (("slot", plan.slot), ("weight", plan.weight)):
+    parts: tuple[tuple[str, Any], ...] = (("slot", plan.slot), ("weight", plan.weight))
+    for name, value in parts:
+        if not isinstance(value, Tensor):
+            raise PlanError(
+                f"Method '{method}' made a plan whose {name} is a {type(value).__name__}; give a "
+                "tensor."
+            )
         if value.shape != view.size.shape:
             raise PlanError(
                 f"Method '{method}' made a plan whose {name} is {list(value.shape)}; it must be "

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mergence import ops
-from mergence.errors import DataError, MergenceError
-from mergence.plan import MergePlan
+from mergence.errors import DataError, MergenceError, PlanError
+from mergence.plan import DROPPED, MergePlan
 from mergence.program import program_of, require_images_alone
 from mergence.state import Carry
 
@@ -55,8 +55,30 @@ class Trace:
 
 @dataclass
 class _Observer:
+    method: str
     grid: tuple[int, int] | None = None
     points: list[ReductionPoint] = field(default_factory=list)
+
+    def planned(self, block: int, plan: MergePlan) -> None:
+        """Look at the values of a plan, for which other forwards would have to wait."""
+        slot, weight, last = plan.slot, plan.weight, plan.slots - 1
+        said = f"Method '{self.method}' made a wrong plan in block {block}:"
+        if at := _first((slot < DROPPED) | (slot > last)):
+            raise PlanError(
+                f"{said} token {at[1]} of image {at[0]} has slot {int(slot[at])}; give 0 "
+                f"to {last}, or {DROPPED} to drop it."
+            )
+        filled = torch.zeros(len(slot), last + 2, dtype=torch.bool, device=slot.device)
+        if at := _first(~filled.scatter(1, slot + 1, True)[:, 1:]):
+            raise PlanError(
+                f"{said} slot {at[1]} of image {at[0]} is empty. Each of the {plan.slots} "
+                "slots needs a token."
+            )
+        if at := _first((slot >= 0) & ~((weight > 0) & weight.isfinite())):
+            raise PlanError(
+                f"{said} token {at[1]} of image {at[0]} has weight {float(weight[at])}; "
+                "weights are positive and finite."
+            )
 
     def reduced(self, block: int, after: Carry, plan: MergePlan, importance: Tensor) -> None:
         source_after = after.source(plan.slots)
@@ -79,9 +101,17 @@ class _Observer:
         )
 
 
+def _first(where: Tensor) -> tuple[int, ...] | None:
+    """Image and place, counted from 0, of the first that is so."""
+    found = where.nonzero()
+    return tuple(found[0].tolist()) if len(found) else None
+
+
 @torch.no_grad()
 def trace(model: nn.Module, images: Tensor) -> Trace:
     """Run a reduced model and report what became of each patch.
+
+    It also checks the values of every plan, so call it while you write a method.
 
     Args:
         model: A model that `apply` reduced.
@@ -90,6 +120,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     Raises:
         MergenceError: The model is not reduced, or does not take images alone.
         DataError: The images are no tensor.
+        PlanError: A plan has values that it must not have. Other forwards do not look at them.
     """
     program = program_of(model)
     if not isinstance(images, Tensor):
@@ -98,7 +129,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
             "processor made has one as inputs['pixel_values']."
         )
     require_images_alone(model)
-    observer = program.run.observer = _Observer()
+    observer = program.run.observer = _Observer(program.method.name)
     try:
         output = model(images)
     finally:
