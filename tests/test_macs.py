@@ -14,9 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mergence
-from mergence import family
+from mergence import family, surgery
+from mergence.errors import OptionError
 from mergence.macs import count
 from mergence.method import names
+from mergence.methods import Mstm
+from mergence.multiscale import MultiScaleFusion
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +130,6 @@ def test_the_reduced_count_is_what_a_counter_sees(tiny_model: nn.Module, coarse:
     assert parts.total - parts.merging == seen
 
 
-@pytest.mark.filterwarnings("ignore")  # torch means to move it elsewhere
 def test_adapters_cost_nothing_so_that_merging_them_changes_no_schedule(fresh: Any) -> None:
     class Adapted(nn.Module):  # as peft's
         def __init__(self, layer: nn.Linear) -> None:
@@ -149,6 +151,25 @@ def test_adapters_cost_nothing_so_that_merging_them_changes_no_schedule(fresh: A
     assert (adapted.counts, adapted.dense) == (plain.counts, plain.dense)
 
 
+@pytest.mark.parametrize("macs", [None, -1, float("nan")])
+def test_what_a_method_cannot_mean_by_its_macs_is_refused_before_anything_changes(
+    macs: Any, fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Odd(MultiScaleFusion):
+        def macs(self, tokens: int) -> int:
+            return macs  # type: ignore[no-any-return]
+
+    model = fresh("timm-vit")
+    monkeypatch.setattr(Mstm, "learned", lambda self, dim: Odd(dim))
+    with pytest.raises(OptionError, match=rf"Mstm\.learned\(dim\)\.macs\(36\) gives {macs}; give"):
+        mergence.apply(model, "mstm", macs=0.67)
+    monkeypatch.setattr(Mstm, "plan_macs", lambda self, *given: macs)
+    with pytest.raises(OptionError, match=rf"Mstm\.plan_macs\(36, .*\) gives {macs}; give"):
+        mergence.apply(model, "mstm", macs=0.67)
+    assert not any(map(surgery.is_swapped, model.modules()))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch means to move it elsewhere
 def test_quantized_linear_layers_cost_what_they_did() -> None:
     # Their packed weights are no parameters any more, and were taken for nothing.
     model = timm.create_model("vit_tiny_patch16_224", img_size=64).eval()

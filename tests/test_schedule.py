@@ -193,7 +193,9 @@ def test_a_budget_is_kept_and_used_when_tokens_leave_before_the_first_block(macs
 
 @pytest.mark.parametrize("schedule", [Counts(after=(9, 9)), Macs(macs=0.5, shape=KeepRate())])
 def test_a_fixed_schedule_is_no_shape(schedule: Schedule) -> None:
-    with pytest.raises(ScheduleError, match=r"is fixed.*Give either macs or the schedule"):
+    with pytest.raises(
+        ScheduleError, match=r"is fixed.*or a shape that can be fitted, such as KeepR"
+    ):
         counts_of(Macs(macs=0.5, shape=schedule), setting(depth=2))
 
 

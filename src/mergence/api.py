@@ -74,7 +74,7 @@ def apply(
         method, macs=macs, keep_rate=keep_rate, r=r, schedule=schedule, align=align, **options
     )
     _check_type(model)
-    spec = families.find(model).inspect(model)
+    spec = families.spec_of(model)
     learned = recipe.method.learned(spec.cost.dim)
     _check_places(recipe.method, spec, learned)
     reference = next(spec.blocks[0].parameters())
@@ -214,7 +214,7 @@ _READ = "patch tokens", "the class token alone"
 
 def _check_unchanged(model: nn.Module, program: Program) -> None:
     with suppress(UnsupportedModelError):  # wrapped since, as by fully_shard
-        spec = families.find(model).inspect(model)
+        spec = families.spec_of(model)
         alone, then_alone = spec.cost.prefix_alone, program.cost.prefix_alone
         # A tower by itself has no head, and its tokens were for that of the model around it.
         reads = alone if spec.classes else then_alone

@@ -198,7 +198,7 @@ def evaluate(
     """
     runs = runs_of(recipes)
     require_images_alone(model)
-    classes = family.find(model).inspect(model).classes
+    classes = family.spec_of(model).classes
     check_classes(classes)
     kind = _Tally if classes else _Features
     warn_of_slow_type(torch.device(device), dtype)
@@ -271,7 +271,7 @@ def _run_batch(
 def _path(model: nn.Module, recipe: Recipe | None) -> _Path:
     """Reduce a model, or make it dense, and remember what it is then: schedules are solved once."""
     if recipe is None:
-        spec = family.find(remove(model)).inspect(model)
+        spec = family.spec_of(remove(model))
         return _Path(surgery.bookmark(model), count(spec.cost, spec.patches).total / 1e9, 1.0)
     found = describe(apply(model, recipe))
     return _Path(surgery.bookmark(model), found.reduced.total / 1e9, found.macs_ratio)

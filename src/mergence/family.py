@@ -9,14 +9,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.torch_version import TorchVersion
 
 from mergence import plugins
+from mergence.arguments import is_whole
 from mergence.errors import PluginError, UnsupportedModelError
-from mergence.macs import ModelCost
+from mergence.macs import ModelCost, count
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,44 @@ def find(model: nn.Module) -> Family:
         f"No family knows the model class {qualified_names(type(model))[0]}; windowed, "
         f"hierarchical and convolutional models have no sequence of tokens to reduce. {hint}"
     )
+
+
+def spec_of(model: nn.Module) -> ModelSpec:
+    """What a model's family reads of it.
+
+    Raises:
+        UnsupportedModelError: No family covers the model, or what it says of it cannot be.
+    """
+    family, name = find(model), type(model).__name__
+    spec = family.inspect(model)
+    if wrong := _wrong(spec):
+        raise UnsupportedModelError(f"The family '{family.name}' misreads this {name}: {wrong}.")
+    places = [(f"block {i}", block) for i, block in enumerate(spec.blocks, start=1)]
+    seen: dict[nn.Module, str] = {}
+    for place, module in [*places, *((f"the {type(m).__name__}", m) for m, _ in spec.parts)]:
+        if (first := seen.setdefault(module, place)) is not place:
+            raise UnsupportedModelError(
+                f"This {name} has one module for {first} and {place}, and mergence has to tell "
+                "them apart. Make one of them a copy, by copy.deepcopy."
+            )
+    return spec
+
+
+def _wrong(spec: Any) -> str | None:
+    """What cannot be so in a spec, which somebody's own family may have made."""
+    if not isinstance(spec, ModelSpec):
+        return f"it gives {spec!r} in place of a ModelSpec"
+    mixins = spec.block_mixin, *(mixin for _, mixin in spec.parts)
+    if not all(isinstance(mixin, type) for mixin in mixins):
+        return f"what is mixed in is {mixins}, and must be classes"
+    if not spec.blocks or len(spec.blocks) != len(spec.cost.blocks):
+        return f"it gives {len(spec.blocks)} blocks and the costs of {len(spec.cost.blocks)}"
+    for what, number, least in (("patches", spec.patches, 1), ("prefix", spec.cost.prefix, 0)):
+        if not is_whole(number) or number < least:
+            return f"{what} is {number!r}, and must be a whole number of at least {least}"
+    if count(spec.cost, spec.patches).total <= 0:
+        return f"its costs add up to no multiply-adds: {spec.cost}"
+    return None
 
 
 def knows(model: nn.Module) -> bool:

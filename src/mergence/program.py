@@ -6,13 +6,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mergence import coarse, ops, surgery
-from mergence.errors import MergenceError, ReducedOutputError, ScheduleError
+from mergence.arguments import is_number
+from mergence.errors import MergenceError, OptionError, ReducedOutputError, ScheduleError
 from mergence.macs import Macs, ModelCost, ReductionCost, count
 from mergence.method import Method
 from mergence.plan import MergePlan
@@ -140,9 +142,21 @@ class Program:
         """What each reduction costs."""
 
         def plan(tokens: int, slots: int) -> int:
-            return self.method.plan_macs(tokens, slots, self.cost.dim, self.cost.head_dim)
+            sizes = self.cost.dim, self.cost.head_dim
+            return self._counted("plan_macs", self.method.plan_macs, tokens, slots, *sizes)
 
-        return ReductionCost(self.needs, plan, self.learned)
+        learned = self.learned and partial(self._counted, "learned(dim).macs", self.learned)
+        return ReductionCost(self.needs, plan, learned)
+
+    def _counted(self, name: str, count: Callable[..., int], *given: int) -> int:
+        """What a method counts, on which schedules rely."""
+        macs = count(*given)
+        if not is_number(macs) or macs < 0:
+            raise OptionError(
+                f"{type(self.method).__name__}.{name}({', '.join(map(str, given))}) gives "
+                f"{macs!r}; give the multiply-adds for one image, a number of at least 0."
+            )
+        return macs
 
     def macs(self, patches: int | None = None, *, dense: bool = False) -> Macs:
         """MACs of one image, of the reduced or of the dense model."""

@@ -58,7 +58,8 @@ class Schedule(ABC):
         """The same shape, reducing nothing at strength 0 and as much as it can at 1."""
         raise ScheduleError(
             f"The schedule '{self.kind}' is fixed and cannot be fitted to a share of the MACs. "
-            "Give either macs or the schedule, not both."
+            "Give it as the schedule itself, or a shape that can be fitted, such as KeepRate(), "
+            "Constant() or Ramp()."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def explain(loaded: LoadedModel, images: Tensor, recipe: Recipe, titles: Sequenc
         return f"{loaded.label(int(index))} {float(probability):.0%}"
 
     captions = None
-    if family.find(model).inspect(model).classes:
+    if family.spec_of(model).classes:
         captions = [f"dense: {words(before)}\nreduced: {words(after)}" for before, after in pairs]
     return draw(loaded.pixels(images), traced, titles=titles, captions=captions)
 

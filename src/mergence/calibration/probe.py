@@ -41,7 +41,7 @@ class Probe:
                 measured from the first block on.
         """
         self._model, self._batches = model, batches
-        spec = family.find(model).inspect(model)
+        spec = family.spec_of(model)
         self._blocks = spec.blocks
         self._dense: list[Tensor] = []
         self._outputs: list[list[Any]] = []

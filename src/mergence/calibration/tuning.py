@@ -112,7 +112,7 @@ def calibrate(
     try:
         remove(model)
         require_images_alone(model)
-        spec = family.find(model).inspect(model)
+        spec = family.spec_of(model)
         check_classes(spec.classes)
         options = _options(method, spec.coarse) if tune else {}
         objective = objective or ("kl" if spec.classes else "cosine")

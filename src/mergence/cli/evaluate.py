@@ -38,7 +38,7 @@ def evaluate(
     from mergence.distances import check_classes
 
     loaded = o.load(model, checkpoint)
-    classes = family.find(loaded.model).inspect(loaded.model).classes
+    classes = family.spec_of(loaded.model).classes
     check_classes(classes)  # before the folders are found to be of more classes
     images = open_images(
         data,

@@ -134,7 +134,7 @@ def load_learned(config: Config, model: nn.Module) -> None:
 def _add_drop_path(model: nn.Module, rate: float) -> None:
     from timm.layers import DropPath
 
-    blocks = family.find(model).inspect(model).blocks
+    blocks = family.spec_of(model).blocks
     if not all(hasattr(block, "drop_path1") for block in blocks):
         raise UnsupportedModelError(
             f"The blocks of this {type(model).__name__} have no drop path. Leave out drop_path."

@@ -19,7 +19,7 @@ def classes_of(model: nn.Module) -> int:
     Raises:
         OptionError: It gives no class scores, so that labels say nothing about it.
     """
-    classes = family.find(model).inspect(model).classes
+    classes = family.spec_of(model).classes
     if not classes:
         raise OptionError(
             f"This {type(model).__name__} gives no class scores, which are what is trained. Give "
