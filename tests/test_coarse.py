@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.nn import functional as F
 import mergence
 from mergence import coarse, family
 from mergence.errors import OptionError, ReducedOutputError, ScheduleError
-from mergence.families import _coarse
+from mergence.families import CoarseStem, _coarse, can_read_coarsely
 from mergence.families._coarse import as_product
 from mergence.ops import merge
 from mergence.outputs import answer
@@ -260,6 +262,39 @@ def test_a_patch_embedding_that_was_exchanged_is_not_passed_over(vit: Any, image
     with pytest.raises(ReducedOutputError, match=r"exchanged since, apply again"):
         vit(image)
     assert mergence.apply(vit, **OPTIONS)(image).isfinite().all()
+
+
+class CoarseBlocks:
+    """As the docs tell the reader to write one, for `PlainViT.blocks`."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        dense: Any = super()
+        y: Tensor = dense.forward(self._mergence.coarsened(x))
+        return y
+
+
+def test_a_family_of_ones_own_must_take_part(
+    image: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "plugin" / "src")
+    own: Any = importlib.import_module("mergence_plainvit.family").FAMILY
+    monkeypatch.setitem(family.registry(), "plainvit", own)  # type: ignore[arg-type]
+    model, inspect = own.tiny()["vit"](), own.inspect
+    with pytest.raises(OptionError, match="its family does not say that it can"):
+        mergence.apply(model, **OPTIONS)
+    monkeypatch.setattr(type(own), "inspect", lambda _, model: replace(inspect(model), coarse=True))
+    mergence.apply(model, **OPTIONS)
+    with pytest.raises(ReducedOutputError, match=r"24 tokens of 36 patches were to enter.*coarse="):
+        model(image)
+
+    def reads(_: Any, model: Any) -> family.ModelSpec:
+        spec = inspect(model)
+        parts = (*spec.parts, (model.embed, CoarseStem), (model.blocks, CoarseBlocks))
+        return replace(spec, parts=parts, coarse=can_read_coarsely(model.embed, (6, 6)))
+
+    monkeypatch.setattr(type(own), "inspect", reads)
+    trace = mergence.trace(mergence.apply(model, **OPTIONS), image)
+    assert [(p.block, p.size.shape[1]) for p in trace.points][:2] == [(0, 24), (1, 20)]
 
 
 def test_macs_count_the_second_reading(vit: nn.Module) -> None:

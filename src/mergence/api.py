@@ -239,9 +239,10 @@ def _check_places(method: Method, spec: ModelSpec, learned: nn.Module | None) ->
         )
     if method.coarse and not spec.coarse:
         raise OptionError(
-            f"coarse={method.coarse}: mergence cannot read patches of this model coarsely; it can "
-            "where one convolution embeds patches of an image that do not overlap and positions "
-            "are added to them before the first block. Leave coarse out."
+            f"coarse={method.coarse}: mergence cannot read patches of this model coarsely, because "
+            "its family does not say that it can (docs/extending/add-a-family.md). One can where "
+            "one convolution embeds patches of an image that do not overlap and positions are "
+            "added to them before the first block. Leave coarse out."
         )
     if method.coarse and learned is not None:
         raise OptionError(

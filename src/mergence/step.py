@@ -51,7 +51,8 @@ class BlockStep:
         """What is known about the tokens that enter the block.
 
         Raises:
-            ReducedOutputError: The block was called by itself with tokens that cannot be placed.
+            ReducedOutputError: The block was called by itself with tokens that cannot be placed,
+                or no patch was read coarsely where some were to be.
         """
         run = self.program.run
         known = run.known() or attached(x)
@@ -65,6 +66,16 @@ class BlockStep:
                     "Gradient checkpointing must be that with use_reentrant=False."
                 )
             known = Carry(patches=x.shape[1] - self.program.prefix)
+        if known.size is None:
+            patches = int(known.patches)  # sizes are tensors while torch.jit traces
+            if (tokens := self.program.tokens(patches)[0]) < patches:
+                raise ReducedOutputError(
+                    f"{tokens} tokens of {patches} patches were to enter the first block, and none "
+                    "was read coarsely. If the model's patch embedding or what follows it was "
+                    "exchanged since mergence was applied, apply again. A family that says "
+                    "coarse=True must call program.read and program.coarsened: see "
+                    "docs/extending/add-a-family.md."
+                )
         # Gradient checkpointing may call this block again when the run is long over, and libraries
         # hand out the tokens between blocks.
         attach(x, known)

@@ -3,6 +3,7 @@
 What is imported here helps to write a family, in this folder or in a package of its own.
 """
 
+from mergence.families._coarse import CoarseStem, CoarseTokens, can_read_coarsely
 from mergence.families._common import (
     linear_macs,
     mean_by_size,
@@ -15,6 +16,9 @@ from mergence.families._common import (
 )
 
 __all__ = [
+    "CoarseStem",
+    "CoarseTokens",
+    "can_read_coarsely",
     "linear_macs",
     "mean_by_size",
     "randomised",
