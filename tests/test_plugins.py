@@ -17,10 +17,15 @@ from mergence.errors import PluginError
 
 REASONS = {
     "raise ImportError('No module named\\n  missing_thing.')": (
-        "ImportError: No module named missing_thing. Install"
+        "ImportError: No module named missing_thing, in {file}, line 1. If it is yours"
     ),
-    "THING = 1 / 0": "ZeroDivisionError: division by zero. Install",
-    "": "AttributeError: module 'broken_plugin' has no attribute 'THING'. Install",
+    "def half(x):\n    return x / 0\nTHING = half(1)": (
+        "ZeroDivisionError: division by zero, in {file}, line 2. If it is yours"
+    ),
+    "from mergence import KeepRate\nTHING = KeepRate(keep_rate=5)": (
+        "ScheduleError: keep_rate is 5; give a number above 0 and at most 1, in {file}, line 2. If"
+    ),
+    "": "AttributeError: module 'broken_plugin' has no attribute 'THING'. If it is yours",
 }
 
 
@@ -47,15 +52,15 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         clear()
 
 
-@pytest.mark.parametrize("code", REASONS, ids=["import error", "any error", "no such name"])
+@pytest.mark.parametrize("code", REASONS, ids=["import", "any", "of ours", "no such name"])
 @pytest.mark.parametrize("group", ["mergence.families", "mergence.methods"])
 def test_what_cannot_be_loaded_is_named_with_the_reason(
-    plugin: Callable[..., None], group: str, code: str
+    plugin: Callable[..., None], group: str, code: str, tmp_path: Path
 ) -> None:
     plugin(group, code)
     said = (
         f"The plug-in 'broken-plugin' (entry point 'thing = broken_plugin:THING' of {group}) "
-        f"cannot be loaded: {REASONS[code]}"
+        f"cannot be loaded: {REASONS[code].format(file=tmp_path / 'broken_plugin.py')}"
     )
     ask = family.registry if group == "mergence.families" else method.names
     for _ in range(2):  # an error is not remembered as an answer
