@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mergence
 from mergence import family
 from mergence import method as methods
 from mergence.errors import OptionError, PlanError, UnknownNameError
+from mergence.multiscale import MultiScaleFusion
 from mergence.plan import MergePlan, TokenView
 from mergence.planning import keep_highest
 from mergence.schedule import KeepRate, Schedule
@@ -125,6 +126,30 @@ def test_a_wrong_plan_says_what_is_wrong(name: str, pairs: Any) -> None:
     mergence.apply(model, "pairs", schedule=[36, 25, 25, 25, 25, 25])
     with pytest.raises(PlanError, match=message):
         model(torch.randn(2, 3, 96, 96))
+
+
+GIVEN: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "nothing": (lambda x: None, "gives NoneType"),
+    "fewer": (lambda x: x[:, ::2], r"gives \[2, 18, 48\] of torch.float32"),
+    "several": (lambda x: (x, x), "gives tuple"),
+    "as a grid": (lambda x: x.unflatten(1, (6, 6)), r"gives \[2, 6, 6, 48\]"),
+    "finer": (lambda x: x.double(), r"gives \[2, 36, 48\] of torch.float64"),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_a_learned_module_gives_wrongly_is_named(
+    name: str, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, message = GIVEN[name]
+    monkeypatch.setattr(MultiScaleFusion, "forward", lambda self, x, grid: change(x))
+    pairs.learned = lambda self, dim: MultiScaleFusion(dim)
+    model: nn.Module = family.registry()["timm"].tiny()["vit"]()
+    mergence.apply(model, "pairs", schedule=[36, 25, 25, 25, 25, 25])
+    with pytest.raises(PlanError, match=rf"of method 'pairs' {message}.*\[2, 36, 48\] of torch.fl"):
+        model(torch.randn(2, 3, 96, 96))
+    change = Tensor.bfloat16  # as autocast has it
+    assert model(torch.randn(2, 3, 96, 96)).dtype == torch.float32
 
 
 def test_what_cannot_be_a_method_is_refused_when_it_is_registered(pairs: Any) -> None:

@@ -34,7 +34,7 @@ class ScheduleError(MergenceError):
 
 
 class PlanError(MergenceError):
-    """A method's plan is not what was asked for."""
+    """A method's plan, or what its learned module gives, is not what was asked for."""
 
 
 class RecipeError(MergenceError):

@@ -149,7 +149,8 @@ class BlockStep:
                     f"Block {self.index + 1} was called by itself, and its learned module needs "
                     "the patch grid. Call the model's forward or forward_features."
                 )
-            x = torch.cat((x[:, :prefix], learned(x[:, prefix:], carry.grid)), dim=1)
+            prepared = _prepared(learned(x[:, prefix:], carry.grid), x[:, prefix:], method.name)
+            x = torch.cat((x[:, :prefix], prepared), dim=1)
             run.lap("learned")
         patches, size = x[:, prefix:], carry.size
         if size is None:
@@ -192,6 +193,22 @@ class BlockStep:
         if run.observer is not None:
             run.observer.reduced(self.index + 1, after, plan, importance)
         return merged, after
+
+
+def _prepared(y: Any, x: Tensor, method: str) -> Tensor:
+    """What a learned module made of the tokens, which the model goes on with."""
+    # Under autocast it may be of half precision; beside the prefix tokens it is not any more.
+    if (
+        isinstance(y, Tensor)
+        and y.shape == x.shape
+        and torch.promote_types(y.dtype, x.dtype) == x.dtype
+    ):
+        return y
+    found = f"{list(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+    raise PlanError(
+        f"The learned module of method '{method}' gives {found}; it must give tokens such as it "
+        f"takes, {list(x.shape)} of {x.dtype}."
+    )
 
 
 def _versions(view: TokenView) -> list[int]:
