@@ -17,15 +17,15 @@ from mergence.errors import PluginError
 
 REASONS = {
     "raise ImportError('No module named\\n  missing_thing.')": (
-        "ImportError: No module named missing_thing, in {file}, line 1. If it is yours"
+        " ({file}, line 1): ImportError: No module named missing_thing. If it is yours"
     ),
     "def half(x):\n    return x / 0\nTHING = half(1)": (
-        "ZeroDivisionError: division by zero, in {file}, line 2. If it is yours"
+        " ({file}, line 2): ZeroDivisionError: division by zero. If it is yours"
     ),
     "from mergence import KeepRate\nTHING = KeepRate(keep_rate=5)": (
-        "ScheduleError: keep_rate is 5; give a number above 0 and at most 1, in {file}, line 2. If"
+        " ({file}, line 2): ScheduleError: keep_rate is 5; give a number above 0 and at most 1. If"
     ),
-    "": "AttributeError: module 'broken_plugin' has no attribute 'THING'. If it is yours",
+    "": ": AttributeError: module 'broken_plugin' has no attribute 'THING'. If it is yours",
 }
 
 
@@ -60,7 +60,7 @@ def test_what_cannot_be_loaded_is_named_with_the_reason(
     plugin(group, code)
     said = (
         f"The plug-in 'broken-plugin' (entry point 'thing = broken_plugin:THING' of {group}) "
-        f"cannot be loaded: {REASONS[code].format(file=tmp_path / 'broken_plugin.py')}"
+        f"cannot be loaded{REASONS[code].format(file=tmp_path / 'broken_plugin.py')}"
     )
     ask = family.registry if group == "mergence.families" else method.names
     for _ in range(2):  # an error is not remembered as an answer

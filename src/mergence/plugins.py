@@ -28,9 +28,9 @@ def load(group: str) -> Iterator[tuple[str, Any]]:
         except Exception as error:  # whatever the code of a plug-in raises
             reason = " ".join(str(error).split()).rstrip(".")
             raise PluginError(
-                f"{_place(entry)} cannot be loaded: {type(error).__name__}: {reason}"
-                f"{_line(entry, error)}. If it is yours, mend it; if not, install what it "
-                "needs or another version of it, or uninstall it."
+                f"{_place(entry)} cannot be loaded{_line(entry, error)}: "
+                f"{type(error).__name__}: {reason}. If it is yours, mend it; if not, install what "
+                "it needs or another version of it, or uninstall it."
             ) from error
         yield _place(entry), found
 
@@ -39,7 +39,7 @@ def _line(entry: EntryPoint, error: Exception) -> str:
     """Where in the code of a plug-in an error comes from, if it got so far."""
     package = entry.module.partition(".")[0]
     lines = [
-        f", in {frame.f_code.co_filename}, line {line}"
+        f" ({frame.f_code.co_filename}, line {line})"
         for frame, line in walk_tb(error.__traceback__)
         if frame.f_globals.get("__name__", "").partition(".")[0] == package
     ]
