@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mergence.data import Batch, ImageData, join, loader, open_images
+from mergence.data import Batch, ImageData, Lost, join, loader, open_images
 from mergence.errors import DataError, OptionError
 from mergence.sources import ASSETS
 
@@ -184,6 +184,16 @@ def test_bad_images_are_named_and_skipped(
     assert [bad.name for bad in skipped] == ["a/2.jpg", "b/0.jpg"]
     assert "truncated" in skipped[0].reason
     assert skipped[1].reason == "OSError: cannot identify an image format in it"
+
+
+def test_what_is_measured_goes_on_without_a_file_that_is_gone(folder: Path) -> None:
+    data = opened(folder)
+    (folder / "ant/1.png").unlink()
+    first, *_ = everything(data)
+    assert first.names == ["ant/0.png", "ant/2.png", "ant/3.png", "bee/0.png"]
+    (gone,) = first.skipped
+    assert gone == Lost("ant/1.png", gone.reason)
+    assert gone.reason.startswith("FileNotFoundError: ")
 
 
 def test_a_batch_of_bad_images_only_is_empty(folder: Path) -> None:

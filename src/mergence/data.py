@@ -55,6 +55,25 @@ class Skipped:
     reason: str
 
 
+class Lost(Skipped):
+    """An image whose file cannot be opened: it may be a good one, and there again tomorrow.
+
+    What only measures names it and goes on; training stops (`train.validation.count_read`).
+    """
+
+
+def skip(name: str, error: Exception, what: str = "") -> Skipped:
+    """What there is to say about an image, or a part of a collection, that cannot be read.
+
+    Args:
+        name: What it is called.
+        error: Why. Only the operating system numbers its errors; no decoder of images does.
+        what: Stands before the error.
+    """
+    kind = Lost if isinstance(error, OSError) and error.errno is not None else Skipped
+    return kind(name, f"{what}{type(error).__name__}: {error}")
+
+
 @dataclass(frozen=True)
 class Batch:
     """The readable images of one step, and the ones that had to be skipped.
@@ -154,7 +173,7 @@ def open_image(name: str, opener: Callable[[], Image], mode: str) -> Image | Ski
         # convert() decodes all of the file, so that a truncated one is noticed here.
         return _in_8_bits(opener()).convert(mode)
     except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        return Skipped(name, f"{type(error).__name__}: {error}")
+        return skip(name, error)
     except DecompressionBombError as error:
         return Skipped(name, str(error))
 

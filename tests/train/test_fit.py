@@ -144,13 +144,13 @@ def test_unreadable_images_are_counted_and_named(config: Build, folders: Path) -
     bad = sorted(folders.rglob("*.png"))[::4]
     for file in bad:
         file.write_bytes(file.read_bytes()[:50])
-    settings = config(data=str(folders), new_head=True, batch_size=2, epochs=1, workers=1)
+    settings = config(data=str(folders), new_head=True, batch_size=4, epochs=1, workers=1)
     summary = fit(settings)
     assert sorted(summary.skipped) == [file.relative_to(folders).as_posix() for file in bad]
     assert "image" in next(iter(summary.skipped.values()))
     for file in folders.rglob("*.png"):
         file.write_bytes(b"")
-    with pytest.raises(DataError, match="No training image could be read"):
+    with pytest.raises(DataError, match="Of the 12 images of step 1, none can be read"):
         fit(config(data=str(folders), new_head=True, out=config().out + "2"))
 
 

@@ -19,7 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from mergence.errors import CheckpointError, OptionError, TrainingError, UnsupportedModelError
+from mergence.errors import (
+    CheckpointError,
+    DataError,
+    OptionError,
+    TrainingError,
+    UnsupportedModelError,
+)
 from mergence.models import LoadedModel
 from mergence.train import Config, Status, build, checkpoint, fit
 from mergence.train.loop import _Loop
@@ -92,6 +98,42 @@ def test_a_finished_run_stays_as_it_is(config: Build, tmp_path: Path) -> None:
     again = fit(config(**EVERYTHING), resume=True)
     assert json.dumps(again.history) == json.dumps(first.history)
     assert results(tmp_path / "run") == files
+
+
+def unmount(folder: Path) -> None:
+    folder.rename(folder.with_name("away"))
+
+
+def lose_one(folder: Path) -> None:
+    min(folder.rglob("*.png")).unlink()
+
+
+def damage_all(folder: Path) -> None:
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("happens", "says"),
+    [
+        (unmount, "4 cannot be opened. First: .*FileNotFound"),
+        (lose_one, "1 cannot be opened. First: Bag/.*FileNotFound"),
+        (damage_all, "none can be read. First: .*the file is empty"),
+    ],
+)
+def test_images_that_go_away_end_the_run_before_it_learns_without_them(
+    config: Build, folders: Path, tmp_path: Path, happens: Callable[[Path], None], says: str
+) -> None:
+    def report(status: Status) -> None:
+        if status.update == 3:
+            happens(folders)
+
+    fields = {"data": str(folders), "new_head": True, "batch_size": 4, "save_every": 1}
+    with pytest.raises(DataError, match=f"{says}.*--resume") as stopped:
+        fit(config(**fields), report=report)
+    last = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert last is not None
+    assert f"Of the 4 images of step {int(last.name[-1]) + 1}, " in str(stopped.value)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -17,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from mergence import demo
-from mergence.data import Batch
+from mergence.data import Batch, Lost
 from mergence.errors import DataError, OptionError
 from mergence.train import Config, fit
 from mergence.train.feed import Seat
+from mergence.train.shards import open_shards
 from mergence.train.stream import StreamFeed, open_stream
 
 pytest.importorskip("webdataset", reason="webdataset is not installed")
@@ -208,6 +210,18 @@ def test_what_cannot_be_used_is_named(tars: Path) -> None:
     assert "no image, or no class" in skipped["lonely"]
     assert "breaks off" in skipped["a-000.tar"]
     assert 23 + 1 < len(tensors(batches)) < 37
+
+
+def test_a_shard_that_cannot_be_opened_is_lost(tars: Path, parquet: Path, tmp_path: Path) -> None:
+    """One that is damaged is not: it is the same in every run."""
+    (tars / "a-000.tar").write_bytes(b"no tar")
+    shutil.copytree(parquet, tmp_path / "rows")
+    streams = [open_shards(f"wds:{tars}/*.tar"), open_shards(f"hf:{tmp_path}/rows")]
+    (damaged,) = streams[0].read(0)
+    (tars / "a-000.tar").unlink()
+    shutil.rmtree(tmp_path / "rows")
+    found = [damaged, *(item for shards in streams for item in shards.read(0))]
+    assert [isinstance(item, Lost) for item in found] == [False, True, True]
 
 
 @pytest.mark.slow

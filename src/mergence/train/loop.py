@@ -25,7 +25,7 @@ from mergence.train.result import save_model
 from mergence.train.run import Run
 from mergence.train.seeding import seed_all
 from mergence.train.signals import Requests
-from mergence.train.validation import Score, first, tensors
+from mergence.train.validation import Score, count_read, first, tensors
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,10 @@ class _Loop:
         run, position = self.run, self.run.position
         choice = run.timetable.at(run.place, position.update)
         run.schedule.step_update(run.place)
-        for batch in pieces:
-            run.skipped |= {item.name: item.reason for item in batch.skipped}
-        images = round(run.total(sum(map(len, pieces)))[0])
+        skipped = [item for batch in pieces for item in batch.skipped]
+        what = f"step {position.update + 1}"
+        images = count_read(sum(map(len, pieces)), skipped, what, run.accelerator)
+        run.skipped |= {item.name: item.reason for item in skipped}
         loss, bad = torch.zeros((), device=run.accelerator.device), []
         for number, batch in enumerate(pieces if images else ()):
             seed_all(run.config.seed, "step", position.update, run.feed.seat.rank, number)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from mergence.data import IMAGE_SUFFIXES, Skipped
+from mergence.data import IMAGE_SUFFIXES, Skipped, skip
 from mergence.errors import DataError, MissingExtraError
 
 PREFIXES = ("wds:", "hf:")
@@ -102,7 +102,7 @@ class WebDatasetShards:
                 else:
                     yield Encoded(name, image, int(label))
         except Exception as error:  # damaged bytes fail in as many ways as tar and its filters have
-            yield Skipped(url, f"the shard breaks off: {type(error).__name__}: {error}")
+            yield skip(url, error, "the shard breaks off: ")
 
 
 def _webdataset(path: str, pattern: str) -> Shards:
@@ -153,9 +153,7 @@ class HuggingFaceShards:
                 else:
                     yield Encoded(name, encoded, label)
         except (OSError, ValueError, RuntimeError) as error:
-            yield Skipped(
-                f"{self.name} shard {shard}", f"it breaks off: {type(error).__name__}: {error}"
-            )
+            yield skip(f"{self.name} shard {shard}", error, "it breaks off: ")
 
 
 def _hugging_face(path: str, rest: str) -> Shards:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mergence.data import Batch
+from mergence.data import Batch, Lost, Skipped
 from mergence.devices import stop_training
 from mergence.distances import kl_divergence
 from mergence.errors import DataError
@@ -101,13 +101,13 @@ def validate(
         skipped: Images that cannot be read are added to it, with the reason.
 
     Raises:
-        DataError: No image could be read.
+        DataError: No image could be read, or one could not be opened.
     """
     back_to_training = stop_training(model)
     sums = torch.zeros(len(paths), 4)
-    images = 0
+    images, bad = 0, list[Skipped]()
     for number, (batch,) in enumerate(feed.epoch(0)):
-        skipped |= {item.name: item.reason for item in batch.skipped}
+        bad += batch.skipped
         x, labels = tensors(batch, shape, accelerator.device)
         known = None
         if examiner is not None:
@@ -125,15 +125,47 @@ def validate(
                 row[3] += kl_divergence(known, logits).sum().cpu()
         images += len(batch)
     back_to_training()
-    counted = torch.cat((torch.tensor([float(images)]), sums.flatten())).to(accelerator.device)
-    total, *rest = accelerator.reduce(counted, "sum").tolist()
+    skipped |= {item.name: item.reason for item in bad}
+    total = count_read(images, bad, "the validation", accelerator)
     if total == 0:
         raise DataError(f"None of the validation images could be read. First: {first(skipped)}")
+    rest = accelerator.reduce(sums.flatten().to(accelerator.device), "sum").tolist()
     rows = [rest[i : i + 4] for i in range(0, len(rest), 4)]
     return {
         name: Score(100 * hits / total, loss / total, 100 * agreed / total, kl / total)
         for name, (hits, loss, agreed, kl) in zip(paths, rows, strict=True)
     }
+
+
+def count_read(images: int, skipped: Sequence[Skipped], what: str, accelerator: Any) -> int:
+    """Count images over all processes; they stop together where the source of them is lost.
+
+    A damaged image is damaged in every run: it is left out, and said to be. Whether a file can be
+    opened depends on the hour, and so would what is learned. Several images of which none can be
+    read are no accident either, whatever the reason; one alone may be, as in a small last step.
+
+    Args:
+        images: How many this process has read.
+        skipped: What it could not read.
+        what: What the images are for, in the error.
+        accelerator: Adds up what the processes counted.
+
+    Raises:
+        DataError: One cannot be opened, or none of several can be read.
+    """
+    from accelerate.utils import gather_object
+
+    lost = [item for item in skipped if isinstance(item, Lost)]
+    counts = torch.tensor([images, len(skipped), len(lost)], device=accelerator.device)
+    total, bad, gone = accelerator.reduce(counts, "sum").tolist()
+    if gone or (bad > 1 and total == 0):
+        problem = f"{gone} cannot be opened" if gone else "none can be read"
+        named = {item.name: item.reason for item in gather_object(lost if gone else list(skipped))}
+        raise DataError(
+            f"Of the {total + bad} images of {what}, {problem}. First: {first(named)}. Make them "
+            "readable, and go on with --resume: the last checkpoint is untouched."
+        )
+    return int(total)
 
 
 def first(skipped: Mapping[str, str]) -> str:
