@@ -352,6 +352,11 @@ def test_each_budget_has_its_recipe_beside_the_model(config: Build) -> None:
     assert shares == [0.8, 0.5]
 
 
+def test_fp16_without_a_gpu_is_refused(config: Build) -> None:
+    with pytest.raises(OptionError, match=r"fp16 needs a GPU.*Take bf16 or no"):
+        Run(config(precision="fp16"))
+
+
 @pytest.mark.slow
 def test_an_error_that_leaves_a_run_lets_the_process_end(tmp_path: Path) -> None:
     script = f"""

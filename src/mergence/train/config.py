@@ -110,7 +110,9 @@ class Config:
     )
 
     # The machine and the books.
-    precision: Literal["no", "bf16", "fp16"] = _option("Mixed precision: no, bf16 or fp16.", "no")
+    precision: Literal["no", "bf16", "fp16"] = _option(
+        "Mixed precision: no, bf16 or, on a GPU, fp16.", "no"
+    )
     device: Literal["auto", "cpu"] = _option("auto takes the best, cpu never another.", "auto")
     workers: int = _option("Processes that read images, for each training process.", 0, 0)
     seed: int = _option("Every draw follows from this and its place in the run.", 0)

@@ -186,8 +186,8 @@ class _Loop:
                 run.model.parameters(), run.config.clip_grad or math.inf
             )
             norm = getattr(norm, "full_tensor", lambda here=norm: here)()  # FSDP's is in parts
-            # In fp16 the scaler skips steps whose gradients overflow, and scales down.
-            if run.config.precision != "fp16" and not math.isfinite(float(norm)):
+            # A scaler, as of fp16, skips steps whose gradients overflow, and scales down.
+            if run.accelerator.scaler is None and not math.isfinite(float(norm)):
                 self._stop("The gradient", [name for batch in pieces for name in batch.names])
             run.optimizer.step()
             run.optimizer.zero_grad()

@@ -66,6 +66,11 @@ class Run:
 
         self.config = config
         place = "cpu" if config.device == "cpu" else best_device()
+        if place == "cpu" and config.precision == "fp16":
+            raise OptionError(
+                "precision fp16 needs a GPU, and this run is on a CPU, where accelerate computes "
+                "in float32 all the same. Take bf16 or no."
+            )
         # With the counts that it is trained with, wherever the result is loaded.
         self.recipes = {name: one.on(place) for name, one in build.recipes_of(config).items()}
         seed_all(config.seed, "start")
