@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mergence.errors import DataError, MergenceError, OptionError, TrainingError
 from mergence.evaluation import DENSE
 from mergence.files import staged
 from mergence.train import checkpoint
+from mergence.train.claim import claimed
 from mergence.train.config import Config
 from mergence.train.levels import Choice
 from mergence.train.logs import Logs, Row, Status
@@ -80,13 +81,16 @@ def fit(
         )
     run = Run(config)
     try:
-        restored = resume and run.restore()
-        run.on_main(lambda: _write_config(folder, config))
-        if not restored and run.val is not None:
-            run.history.append(_row(run, None, run.validate()))
-        with Requests() as requests, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Grad strides do not match")  # of DDP, once
-            return _Loop(run, report, requests).fit()
+        with ExitStack() as held:
+            run.on_main(lambda: held.enter_context(claimed(folder)))
+            restored = resume and run.restore()
+            run.on_main(lambda: _write_config(folder, config))
+            if not restored and run.val is not None:
+                run.history.append(_row(run, None, run.validate()))
+            with Requests() as requests, warnings.catch_warnings():
+                # Of DDP, once.
+                warnings.filterwarnings("ignore", message="Grad strides do not match")
+                return _Loop(run, report, requests).fit()
     except RuntimeError as error:
         if isinstance(error, MergenceError) or not _lost_another(run, error):
             raise
@@ -109,7 +113,6 @@ def _lost_another(run: Run, error: RuntimeError) -> bool:
 
 def _write_config(folder: Path, config: Config) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with staged(folder) as temporary:  # the one that is there is what --resume reads
             (temporary / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
