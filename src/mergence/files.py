@@ -35,7 +35,7 @@ def check_target(path: Path, what: str) -> None:
 
 
 @contextmanager
-def staged(folder: Path, *, last: str = "") -> Iterator[Path]:
+def staged(folder: Path, *, last: str = "", what: Path | None = None) -> Iterator[Path]:
     """Lend a temporary folder whose files are moved into `folder` when all of them are written.
 
     Each file replaces one of its name in one step, and other files are left alone. Where anything
@@ -44,9 +44,10 @@ def staged(folder: Path, *, last: str = "") -> Iterator[Path]:
     Args:
         folder: Where the files go; made where it is missing, below a folder that exists.
         last: Name of the file that is moved after all others.
+        what: What to say cannot be written; the folder, if unset.
 
     Raises:
-        OptionError: The folder cannot be made or written to.
+        OptionError: The folder cannot be made or written to, or has no room for the files.
     """
     made = not folder.exists()
     # Inside of the folder, because files can be moved in one step within one file system only.
@@ -56,12 +57,58 @@ def staged(folder: Path, *, last: str = "") -> Iterator[Path]:
         temporary.mkdir()
     except OSError as error:
         raise OptionError(f"Nothing can be written to the folder '{folder}': {error}.") from error
+    left = " Nothing was changed."
     try:
         yield temporary
         for file in sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name)):
             file.replace(folder / file.name)
+            left = " Some of its files are the new ones."
         made = False
+    except Exception as error:
+        if (reason := _reason(error)) is None:
+            raise
+        raise OptionError(f"'{what or folder}' cannot be written: {reason}.{left}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if made:
             folder.rmdir()
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Lend a temporary place of one file, which replaces `path` when it is written.
+
+    Where it cannot be replaced the place is its own: a device, a pipe, or a file that may be
+    written to in a folder that may not.
+
+    Raises:
+        OptionError: It cannot be written.
+    """
+    if path.exists() and not (path.is_file() and os.access(path.parent, os.W_OK)):
+        try:
+            yield path
+        except OSError as error:
+            raise OptionError(f"'{path}' cannot be written: {error.strerror}.") from error
+        return
+    place = path.resolve()  # a link stays one
+    with staged(place.parent, what=path) as temporary:
+        yield temporary / place.name
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; it is there whole or not at all.
+
+    Raises:
+        OptionError: It cannot be written.
+    """
+    with staged_file(path) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+def _reason(error: Exception) -> str | None:
+    """Why the system did not write a file; None where the error is another."""
+    if isinstance(error, OSError):
+        return error.strerror  # which libraries' own errors of this type lack
+    from safetensors import SafetensorError  # slow to import, and this module is not
+
+    return str(error) if isinstance(error, SafetensorError) else None

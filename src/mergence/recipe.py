@@ -17,7 +17,7 @@ from mergence import schedule as schedules
 from mergence._version import __version__
 from mergence.arguments import is_whole
 from mergence.errors import OptionError, RecipeError, ScheduleError
-from mergence.files import check_target, staged
+from mergence.files import check_target, write_text
 from mergence.method import Method
 from mergence.schedule import Constant, Counts, KeepRate, Macs, Schedule
 
@@ -84,16 +84,18 @@ class Recipe:
             "notes": dict(self.notes),
         }
 
+    def to_json(self) -> str:
+        """The text of a recipe file."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
     def save(self, path: str | Path) -> None:
         """Write the recipe as JSON; the file is there whole or not at all.
 
         Raises:
-            OptionError: There is no such folder, or nothing may be written there.
+            OptionError: There is no such folder, or the file cannot be written there.
         """
-        path, text = Path(path), json.dumps(self.to_dict(), indent=2) + "\n"
-        check_target(path, "The recipe")
-        with staged(path.parent) as temporary:
-            (temporary / path.name).write_text(text, encoding="utf-8")
+        check_target(Path(path), "The recipe")
+        write_text(Path(path), self.to_json())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:

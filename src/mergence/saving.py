@@ -58,9 +58,10 @@ def save(model: nn.Module, folder: str | Path) -> None:
         MergenceError: The model is not reduced.
         UnsupportedModelError: Its library has no layout of a folder, or cannot rebuild the model
             from it.
-        OptionError: The folder cannot be made there.
+        OptionError: The folder cannot be made there, or has no room for the files.
     """
-    recipe, folder = recipe_of(model), Path(folder).expanduser()
+    recipe_of(model)  # a dense one is refused
+    folder = Path(folder).expanduser()
     _check_library(model)
     if folder.exists() and not folder.is_dir():
         raise OptionError(
@@ -68,21 +69,26 @@ def save(model: nn.Module, folder: str | Path) -> None:
         )
     if not folder.absolute().parent.is_dir():
         raise OptionError(f"There is no folder '{folder.absolute().parent}'. Make it first.")
-    learned = learned_by(model)
     with staged(folder, last=RECIPE) as temporary:
-        back = surgery.bookmark(model)
-        surgery.restore(model)
-        try:
-            _save_dense(model, temporary)
-        finally:
-            back()
-        if learned:
-            save_file(learned, temporary / LEARNED_WEIGHTS)
-        recipe.save(temporary / RECIPE)
+        write(model, temporary)
         written = {file.name for file in temporary.iterdir()}
     for file in folder.iterdir():
         if _WEIGHTS.fullmatch(file.name) and file.name not in written and file.is_file():
             file.unlink()
+
+
+def write(model: nn.Module, folder: Path) -> None:
+    """Write what `save` does, file by file, into an empty folder."""
+    recipe, learned = recipe_of(model), learned_by(model)
+    back = surgery.bookmark(model)
+    surgery.restore(model)
+    try:
+        _save_dense(model, folder)
+    finally:
+        back()
+    if learned:
+        save_file(learned, folder / LEARNED_WEIGHTS)
+    (folder / RECIPE).write_text(recipe.to_json(), encoding="utf-8")
 
 
 def load(folder: str | Path) -> nn.Module:

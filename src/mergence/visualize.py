@@ -16,7 +16,7 @@ from torch import Tensor
 from mergence import family
 from mergence.api import applied, disabled
 from mergence.errors import DataError, MissingExtraError, OptionError
-from mergence.files import check_target
+from mergence.files import check_target, staged_file
 from mergence.outputs import answer
 from mergence.regions import crucial_only, region_borders, region_colours, spread, stray_links
 from mergence.tracing import trace
@@ -59,9 +59,15 @@ def check_path(path: str | Path) -> Path:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG, PDF or SVG, by the path's suffix."""
+    """Write a figure as PNG, PDF or SVG, by the path's suffix.
+
+    Raises:
+        OptionError: It cannot be written to this path.
+        MissingExtraError: matplotlib is not installed.
+    """
     path = check_path(path)
-    figure.savefig(path, dpi=figure.dpi, facecolor="white")
+    with staged_file(path) as file:
+        figure.savefig(file, dpi=figure.dpi, facecolor="white")
     return path
 
 

@@ -59,6 +59,25 @@ def test_files_are_there_before_anything_is_printed(
 
 
 @pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("eval", "GMACs"),
+        ("bench", "speed-up"),
+        pytest.param("calibrate", "own schedule", marks=pytest.mark.slow),
+    ],
+)
+def test_what_was_measured_is_shown_where_the_disk_is_full(
+    name: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("result.json").symlink_to("/dev/full")
+    done = CliRunner().invoke(app, [*COMMANDS[name][0], "--json", "result.json"])
+    assert table in done.output
+    assert isinstance(done.exception, OptionError)
+    assert "result.json' cannot be written: No space left" in str(done.exception)
+
+
+@pytest.mark.parametrize(
     ("command", "file"),
     [
         (("calibrate", "demo", "--data", "demo", "--macs", "0.7"), "recipe.json"),

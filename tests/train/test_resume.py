@@ -7,18 +7,18 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import mergence
 from mergence.errors import (
     CheckpointError,
     DataError,
@@ -32,6 +32,7 @@ from mergence.train.loop import _Loop
 from mergence.train.run import Run
 
 Build = Callable[..., Config]
+Disk = Callable[[int], AbstractContextManager[None]]
 EVERYTHING: dict[str, Any] = {
     "ema": 0.9, "mixup": 0.5, "drop_path": 0.2, "val": "demo", "val_limit": 10, "save_every": 1,
     "macs": [0.8, 0.6], "optimizer": "nadamw", "log_every": 1,
@@ -210,22 +211,15 @@ def test_kill_9_at_any_moment_costs_nothing(
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
-@contextmanager
-def disk_with_room_for(size: int) -> Any:
-    """Files cannot grow beyond `size` bytes: writing fails midway, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize(
     "size", [100_000, *(pytest.param(s, marks=SLOW) for s in (1_000, 300_000))]
 )
 def test_a_full_disk_leaves_the_last_checkpoint(
-    config: Build, tmp_path: Path, uninterrupted: list[bytes], size: int
+    config: Build,
+    tmp_path: Path,
+    uninterrupted: list[bytes],
+    disk_with_room_for: Disk,
+    size: int,
 ) -> None:
     def report(status: Status) -> None:
         if status.update == 3:
@@ -249,6 +243,21 @@ def test_what_is_wrong_with_a_model_is_not_called_a_full_disk(tmp_path: Path) ->
         raise UnsupportedModelError("It cannot be built again.")
 
     with pytest.raises(UnsupportedModelError, match=r"^It cannot be built again\.$"):
+        checkpoint.write_folder(tmp_path / "model", fill)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["timm-vit", "torchvision-vit"])
+def test_a_full_disk_at_the_end_says_how_to_go_on(
+    fresh: Any, tmp_path: Path, disk_with_room_for: Disk, kind: str
+) -> None:
+    model = mergence.apply(fresh(kind), macs=0.7)
+
+    def fill(place: Path) -> None:
+        build.save_model(place, model, [], {"mergence": mergence.recipe_of(model)})
+
+    said = r"model' cannot be written: .*Make room.*--resume"
+    with disk_with_room_for(100), pytest.raises(CheckpointError, match=said):
         checkpoint.write_folder(tmp_path / "model", fill)
     assert not list(tmp_path.iterdir())
 
@@ -346,12 +355,12 @@ def test_other_pieces_are_noted(config: Build) -> None:
 
 
 def test_the_configuration_is_there_whatever_a_full_disk_does(
-    config: Build, tmp_path: Path
+    config: Build, tmp_path: Path, disk_with_room_for: Disk
 ) -> None:
     settings = config(epochs=1, limit=16)
     fit(settings)
     written = (tmp_path / "run" / "config.yaml").read_bytes()
-    with disk_with_room_for(0), pytest.raises(OptionError, match="cannot be written to"):
+    with disk_with_room_for(0), pytest.raises(OptionError, match=r"config.yaml' cannot be written"):
         fit(settings, resume=True)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == written
 

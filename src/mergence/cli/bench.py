@@ -68,10 +68,12 @@ def bench(
             model_name=model,
             progress=advance,
         )
-    write_json(json, result.to_dict())
-    _table(result)
-    if result.profiles:
-        _profile(result.profiles)
+    try:  # first, because printing may fail as well
+        write_json(json, result.to_dict())
+    finally:
+        _table(result)
+        if result.profiles:
+            _profile(result.profiles)
 
 
 def _parts(option: str, text: str) -> list[str]:

@@ -103,14 +103,16 @@ def calibrate(
             progress=show,
         )
     source = {"model": model, "data": data, "seed": seed}
-    for one, path in zip(result.found, recipes, strict=True):
-        notes = source | dict(one.recipe.notes)
-        dataclasses.replace(one.recipe, notes=notes).save(path)
-    drawn = [picture] if picture and _plot(result, model, picture) else []
-    write_json(json, source | result.to_dict())
-    for path in recipes + drawn:
-        console.print(f"Wrote {path}", highlight=False)
-    _table(result, model)
+    try:  # first, because printing may fail as well
+        for one, path in zip(result.found, recipes, strict=True):
+            notes = source | dict(one.recipe.notes)
+            dataclasses.replace(one.recipe, notes=notes).save(path)
+        drawn = [picture] if picture and _plot(result, model, picture) else []
+        write_json(json, source | result.to_dict())
+        for path in recipes + drawn:
+            console.print(f"Wrote {path}", highlight=False)
+    finally:
+        _table(result, model)
 
 
 def _shares(macs: list[float] | None, latency: float | None, budgets: str | None) -> list[float]:

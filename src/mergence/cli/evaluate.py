@@ -60,5 +60,7 @@ def evaluate(
             data_name=data,
             progress=advance,
         )
-    write_json(json, result.to_dict())
-    evaluation_table(result)
+    try:  # first, because printing may fail as well
+        write_json(json, result.to_dict())
+    finally:
+        evaluation_table(result)

@@ -70,20 +70,22 @@ def export(
         with errors.status("timing"):
             timed = batch.images.repeat(copies, 1, 1, 1)[:batch_size]
             rows = timing.compare(loaded.model, out, timed, opset=opset, seconds=seconds)
-    write_json(
-        json,
-        {
-            "model": model,
-            "data": data,
-            "recipe": chosen.to_dict(),
-            "export": done.to_dict(),
-            "speed": [vars(row) for row in rows],
-        },
-    )
-    _report(done, data)
-    if rows:
-        _table(rows)
-    skipped(batch.skipped)
+    try:  # first, because printing may fail as well
+        write_json(
+            json,
+            {
+                "model": model,
+                "data": data,
+                "recipe": chosen.to_dict(),
+                "export": done.to_dict(),
+                "speed": [vars(row) for row in rows],
+            },
+        )
+    finally:
+        _report(done, data)
+        if rows:
+            _table(rows)
+        skipped(batch.skipped)
 
 
 def _report(done: Export, data: str) -> None:

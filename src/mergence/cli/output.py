@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mergence.errors import OptionError
-from mergence.files import check_target
+from mergence.files import check_target, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,9 +93,13 @@ def check_json(path: Path | None, *others: Path | None) -> None:
 
 
 def write_json(path: Path | None, data: Mapping[str, Any]) -> None:
-    """Write a result as JSON, if a path was given."""
+    """Write a result as JSON, if a path was given.
+
+    Raises:
+        OptionError: It cannot be written.
+    """
     if path is not None:
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(data, indent=2) + "\n")
         console.print(f"Wrote {path}", highlight=False)
 
 

@@ -40,8 +40,10 @@ def train(**flags: Any) -> None:
     with _progress() as report:
         summary = fit(config, resume=resume, report=report)
     if os.environ.get("RANK", "0") == "0":
-        write_json(json, dataclasses.asdict(summary) | {"model": str(summary.model)})
-        _table(summary)
+        try:  # first, because printing may fail as well
+            write_json(json, dataclasses.asdict(summary) | {"model": str(summary.model)})
+        finally:
+            _table(summary)
 
 
 def _values(file: Path | None, given: dict[str, Any], resume: bool) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def export(
         )
     if opset < 18:
         raise OptionError(f"opset {opset} is too old for torch's exporter; give 18 or later.")
-    with staged(path.parent) as temporary:
+    with staged(path.parent, what=path) as temporary:
         file = temporary / path.name
         form.write(model, images[:2], file, opset)
         operators = {}

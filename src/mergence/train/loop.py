@@ -16,7 +16,7 @@ from torch import Tensor
 from mergence.data import Batch
 from mergence.errors import DataError, MergenceError, OptionError, TrainingError
 from mergence.evaluation import DENSE
-from mergence.files import staged
+from mergence.files import write_text
 from mergence.train import checkpoint
 from mergence.train.claim import claimed
 from mergence.train.config import Config
@@ -84,7 +84,8 @@ def fit(
         with ExitStack() as held:
             run.on_main(lambda: held.enter_context(claimed(folder)))
             restored = resume and run.restore()
-            run.on_main(lambda: _write_config(folder, config))
+            # Whole, because the one that is there is what --resume reads.
+            run.on_main(lambda: write_text(folder / "config.yaml", config.to_yaml()))
             if not restored and run.val is not None:
                 run.history.append(_row(run, None, run.validate()))
             with Requests() as requests, warnings.catch_warnings():
@@ -109,14 +110,6 @@ def _lost_another(run: Run, error: RuntimeError) -> bool:
     """Whether an error is how this process learns that another one has ended."""
     known = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
     return run.feed.seat.world > 1 and (known or "Connection" in str(error))
-
-
-def _write_config(folder: Path, config: Config) -> None:
-    try:
-        with staged(folder) as temporary:  # the one that is there is what --resume reads
-            (temporary / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"The folder '{folder}' cannot be written to: {error}.") from error
 
 
 def _row(run: Run, loss: float | None, scores: dict[str, Score]) -> Row:

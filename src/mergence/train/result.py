@@ -29,7 +29,7 @@ def save_model(
     for `checkpoint`, what the method has learned beside them, and the recipe.
 
     Args:
-        folder: Where to.
+        folder: Where to; an empty one.
         model: The model with its trained weights, reduced by the first recipe.
         names: What its classes are called.
         recipes: The reductions that it was trained for; those after the first are written by name.
@@ -40,13 +40,14 @@ def save_model(
         new = {"label_names": list(names), "num_classes": timms.num_classes}
         timms.pretrained_cfg = dict(timms.pretrained_cfg) | new
     if hasattr(model, "pretrained_cfg") or hasattr(model, "save_pretrained"):
-        saving.save(model, folder)
+        saving.write(model, folder)
     else:
-        recipe_of(model).save(folder / saving.RECIPE)
+        (folder / saving.RECIPE).write_text(recipe_of(model).to_json(), encoding="utf-8")
         if learned := saving.learned_by(model):
             save_file(learned, folder / saving.LEARNED_WEIGHTS)
         save_file(remove(model).state_dict(), folder / WEIGHTS)
     for name, recipe in list(recipes.items())[1:]:
-        recipe.save(folder / f"{name.replace(' ', '-')}.json")
+        file = folder / f"{name.replace(' ', '-')}.json"
+        file.write_text(recipe.to_json(), encoding="utf-8")
     if processor is not None:
         processor.save_pretrained(folder)

@@ -1,0 +1,92 @@
+"""Files that are there whole or not at all, and what is said where they cannot be written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+import mergence
+from mergence import visualize
+from mergence.cli.output import write_json
+from mergence.errors import OptionError
+from mergence.files import staged, write_text
+from mergence.frontier import draw_frontier
+from mergence.recipe import make
+
+
+def save_picture(path: Path) -> None:
+    visualize.save(draw_frontier({"a": [(0.5, 1.0)]}, ylabel="y"), path)
+
+
+def save_model(folder: Path) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=4, **size).eval()
+    mergence.save(mergence.apply(model, macs=0.7), folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.json", make(macs=0.5).save),
+        ("b.json", lambda path: write_json(path, {"found": list(range(100))})),
+        ("c.png", save_picture),
+        ("model", save_model),
+    ],
+)
+def test_what_has_no_room_is_told_and_changes_nothing(
+    name: str,
+    write: Callable[[Path], None],
+    tmp_path: Path,
+    disk_with_room_for: Callable[[int], AbstractContextManager[None]],
+) -> None:
+    path = tmp_path / name
+    if path.suffix:
+        path.write_text("old")
+    with (
+        disk_with_room_for(100),
+        pytest.raises(OptionError, match=f"{name}' cannot be written: .*Nothing was changed"),
+    ):
+        write(path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == (
+        {name: "old"} if path.suffix else {}
+    )
+    write(path)
+    assert path.is_dir() or path.read_bytes() != b"old"
+
+
+def test_a_device_is_written_to_and_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    for text in ("one", "two"):
+        write_text(tmp_path / "link", text)
+        assert (tmp_path / "there" / "file").read_text() == text
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OptionError, match=r"full' cannot be written: No space left on device\.$"):
+        write_text(tmp_path / "full", "text")
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "full", "link", "there"]
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "full").is_symlink()
+
+
+def test_a_file_in_a_folder_that_may_not_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `check_target` lets it pass, it is written where it is."""
+    (tmp_path / "file").touch()
+    inode = (tmp_path / "file").stat().st_ino
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    write_text(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+    assert (tmp_path / "file").stat().st_ino == inode
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"^no model$"), staged(tmp_path):
+        raise OSError("no model")
+    with pytest.raises(ZeroDivisionError), staged(tmp_path / "new"):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
