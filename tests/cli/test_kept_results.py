@@ -103,7 +103,6 @@ def test_json_takes_no_other_files_place(
     [
         ("demo",),
         ("visualize", "demo", "one.png", "--macs", "0.5", "--out", "a.png"),
-        ("calibrate", "demo", "--data", "demo", "--budgets", "0.7,0.5"),
     ],
 )
 def test_what_a_picture_needs_is_asked_for_before_the_work(
@@ -144,16 +143,23 @@ def test_a_wrong_use_is_told(
     assert "No such option: --nothing" in capsys.readouterr().err
 
 
-def test_an_interrupted_calibration_has_no_empty_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("drawing", [True, False])
+def test_recipes_do_not_wait_for_a_picture(
+    drawing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither where nothing was measured yet nor where matplotlib is missing."""
     recipe = make(schedule=[196] * 12, coarse=0.0)
     found = tuple(Found(macs, macs, recipe, None, None, 0, complete=False) for macs in (0.7, 0.5))
     result = Calibration(found, Curves(196, ()), "kl", 2)
     monkeypatch.setattr("mergence.calibration.calibrate", lambda *_, **__: result)
     monkeypatch.chdir(tmp_path)
     command = ("calibrate", "demo", "--data", "demo", "--budgets", "0.7,0.5")
-    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    if drawing:
+        done = CliRunner().invoke(app, command, catch_exceptions=False)
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        with pytest.warns(UserWarning, match=r"'matplotlib', which is not .* is left out"):
+            done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.output.count("interrupted") == 2
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "recipe-0.5.json",

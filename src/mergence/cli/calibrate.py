@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from mergence.cli import options as o
 from mergence.cli.output import check_json, console, progress, skipped, table_of, write_json
-from mergence.errors import OptionError
+from mergence.errors import MissingExtraError, OptionError
 from mergence.files import check_target
 
 if TYPE_CHECKING:
@@ -76,7 +77,11 @@ def calibrate(
     from mergence.visualize import check_path
 
     if picture:
-        check_path(picture)
+        try:
+            check_path(picture)
+        except MissingExtraError as missing:  # it was not asked for
+            warnings.warn(f"{missing} The picture '{picture}' is left out.", stacklevel=1)
+            picture = None
     loaded = load_model(model, checkpoint=checkpoint)
     found = open_images(data, transform=loaded.transform, mode=loaded.mode, limit=images, seed=seed)
     with progress("calibrating", 100) as advance:
