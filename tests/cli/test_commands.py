@@ -150,7 +150,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown method": (("--method", "tomme", "--macs", "0.67"), "Did you mean 'tome'?"),
     "macs 0": (("--macs", "0"), "above 0 and at most 1"),
     "macs 1.5": (("--macs", "1.5"), "above 0 and at most 1"),
-    "no budget": ((), "how much to reduce"),
+    "no budget": ((), "how much to reduce. Give --macs 0.67"),
     "two budgets": (("--macs", "0.67", "--keep-rate", "0.7"), "only one of them"),
     "unknown option": (("--macs", "0.67", "--set", "beta=1"), "no option 'beta'"),
     "option of no form": (("--macs", "0.67", "--set", "alpha"), "KEY=VALUE"),

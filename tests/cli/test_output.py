@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from mergence.cli import output
+from mergence.cli import listing, output
 from mergence.data import Skipped
 from mergence.evaluation import Evaluation, Result
 
@@ -45,6 +45,14 @@ def test_no_line_of_an_error_is_too_long(
     monkeypatch.setattr(output, "errors", output.Console(width=40, stderr=True))
     output.error("word " * 20)
     assert max(map(len, capsys.readouterr().err.splitlines())) <= 40
+
+
+def test_nothing_of_a_list_is_cut_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(listing, "console", output.Console(width=40))
+    listing.list_known()
+    assert "…" not in capsys.readouterr().out
 
 
 def test_numbers_are_whole_in_a_narrow_terminal(

@@ -28,6 +28,7 @@ def test_yaml_writes_numbers_in_its_own_ways() -> None:
     config = Config.from_dict(NEEDED | values)
     assert (config.lr, config.macs, config.recipe) == (5e-5, (0.67,), ("a.json",))
     assert (config.weight_decay, config.epochs) == (0.0, 3)
+    assert Config.from_dict(NEEDED | {"epochs": "3"}).epochs == 3  # as quoted fractions are
     # And no as false.
     assert Config.from_dict(NEEDED | yaml.safe_load("precision: no")).precision == "no"
 
@@ -37,6 +38,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "misspelt key": ({"epoch": 1}, "Did you mean 'epochs'?"),
     "text for a number": ({"lr": "fast"}, "lr is 'fast', a str; give float"),
     "a fraction of an epoch": ({"epochs": 1.5}, "epochs is 1.5"),
+    "text for a whole number": ({"epochs": "1.5"}, "epochs is '1.5', a str; give int"),
     "a flag as a number": ({"epochs": True}, "epochs is True, a bool; give int"),
     "none for a number": ({"lr": None}, "lr is None"),
     "out of range": ({"smoothing": 2}, "smoothing is 2.0; give a number from 0 to 1"),

@@ -202,7 +202,7 @@ WRONG = {
     "one image to mix": ({"mixup": 0.5, "accumulate": 16}, "over 16 (processes times accumulate)"),
     "unknown schedule": ({"schedule": "cosin"}, "Did you mean 'cosine'?"),
     "rates upside down": ({"min_lr": 1.0}, "min_lr 1 is above lr 0.002"),
-    "no reduction": ({"macs": []}, "Nothing says how much to reduce"),
+    "no reduction": ({"macs": []}, "how much to reduce. Give macs, for"),
     "a recipe and a budget": ({"macs": 0.5, "recipe": "a.json"}, "Leave out macs"),
     "a recipe and a method": ({"recipe": "a.json", "method": "tome"}, "Leave out method"),
     "a share twice": ({"macs": [0.5, 0.5]}, "Two reductions have the same name"),

@@ -35,7 +35,7 @@ def list_known(
             continue
         table = table_of(name)
         for column in rows[0]:
-            table.add_column(column)
+            table.add_column(column, overflow="fold")  # so that no name is cut
         for row in rows:
             table.add_row(*map(str, row.values()))
         console.print(table)

@@ -177,6 +177,11 @@ def recipes_of(
         return {own.method.name: own}
     recipes: dict[str, Recipe] = {}
     if not files or methods:
+        if not macs and keep_rate is None:
+            raise OptionError(
+                "Nothing says how much to reduce. Give --macs 0.67 for two thirds of the work, or "
+                "--keep-rate, or --recipe with a file."
+            )
         shares: Sequence[float | None] = macs or [None]
         for method, share in product(methods or ["mergence"], shares):
             name = f"{method}@{share:g}" if len(shares) > 1 else method

@@ -70,6 +70,11 @@ def recipes_of(config: Config) -> dict[str, Recipe]:
             )
         given = len(config.recipe)
     else:
+        if not config.macs and config.keep_rate is None:
+            raise OptionError(
+                "Nothing says how much to reduce. Give macs, for example 0.67 for two thirds of "
+                "the work, or keep_rate, or recipe."
+            )
         shares: tuple[float | None, ...] = config.macs or (None,)
         recipes = {
             config.method if share is None else f"{config.method} {share:g}": make(

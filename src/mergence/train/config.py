@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -212,13 +213,12 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
                 return value
             case (t, False) if "no" in get_args(t):  # as YAML 1.1 reads it
                 return "no"
-            case (t, int()) if t is int and not isinstance(value, bool):
-                return value
+            case (t, int() | str()) if t is int and not isinstance(value, bool):
+                with suppress(ValueError):
+                    return int(value)
             case (t, int() | float() | str()) if t is float and not isinstance(value, bool):
-                try:
+                with suppress(ValueError):
                     return float(value)
-                except ValueError:
-                    pass
             case (t, str()) if t is str or (get_origin(t) is Literal and value in get_args(t)):
                 return value
             case (t, dict()) if get_origin(t) is dict:
