@@ -76,12 +76,15 @@ def test_a_file_in_a_folder_that_may_not_be_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `check_target` lets it pass, it is written where it is."""
-    (tmp_path / "file").touch()
-    inode = (tmp_path / "file").stat().st_ino
+    file, link = tmp_path / "file", tmp_path / "sub" / "link"
+    file.touch()
+    link.parent.mkdir()
+    link.symlink_to(file)
+    inode = file.stat().st_ino
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
-    write_text(tmp_path / "file", "text")
-    assert (tmp_path / "file").read_text() == "text"
-    assert (tmp_path / "file").stat().st_ino == inode
+    for path in (file, link):
+        write_text(path, path.name)
+        assert (file.read_text(), file.stat().st_ino) == (path.name, inode)
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:

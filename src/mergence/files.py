@@ -84,13 +84,13 @@ def staged_file(path: Path) -> Iterator[Path]:
     Raises:
         OptionError: It cannot be written.
     """
-    if path.exists() and not (path.is_file() and os.access(path.parent, os.W_OK)):
+    place = path.resolve()  # a link stays one
+    if path.exists() and not (path.is_file() and os.access(place.parent, os.W_OK)):
         try:
             yield path
         except OSError as error:
             raise OptionError(f"'{path}' cannot be written: {error.strerror}.") from error
         return
-    place = path.resolve()  # a link stays one
     with staged(place.parent, what=path) as temporary:
         yield temporary / place.name
 
