@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("families", "tracing"),
     ("recipe",),
     ("api",),
-    ("data", "sources", "devices", "distances", "models", "regions"),
+    ("classes", "data", "sources", "devices", "distances", "models", "regions"),
     ("saving", "profiling"),
     ("benchmark", "evaluation", "calibration", "frontier", "visualize", "train", "demo"),
     ("exporting",),

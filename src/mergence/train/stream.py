@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mergence.data import Batch, Sample, Skipped, collate, match_classes, open_image
+from mergence.classes import match_classes
+from mergence.data import Batch, Sample, Skipped, collate, open_image
 from mergence.errors import DataError
 from mergence.sources import decode
 from mergence.train.feed import Seat
