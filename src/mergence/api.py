@@ -144,6 +144,8 @@ def applied(
     """Reduce a model for the length of a `with` block, then go back to what was applied before.
 
     Like `apply` it changes the model, for all threads: no forward may be under way in another one.
+    Blocks must be closed in the opposite order of opening, for each goes back to what it found. So
+    do not `await` or `yield` inside of one, where another block or `apply` could come between.
 
     Args:
         model: See `apply`.
@@ -162,17 +164,20 @@ def applied(
 def disabled(model: ModelT) -> Iterator[ModelT]:
     """Run a reduced model as its dense original for the length of a `with` block.
 
-    Only the current thread is affected. What is reduced inside of another module (a wrapper, a
-    tower of a larger model) runs dense, too; what is not reduced runs as it is.
+    Only the current thread is affected, and all of it: coroutines of one thread share the block. So
+    do not `await` or `yield` inside of it: until it is closed, the forwards of others run dense.
+
+    What is reduced inside of another module (a wrapper, a tower of a larger model) runs dense, too;
+    what is not reduced runs as it is.
     """
-    before = {run: run.disabled for run in runs_in(model)}
-    for run in before:
-        run.disabled = True
+    runs = runs_in(model)
+    for run in runs:
+        run.disable()
     try:
         yield model
     finally:
-        for run, was in before.items():
-            run.disabled = was
+        for run in runs:
+            run.enable()
 
 
 def recipe_of(model: nn.Module) -> Recipe:

@@ -167,7 +167,7 @@ class Run:
             resolution, `[B, rows // 2, columns // 2, C]`, both without positions.
         observer: Receives each reduction while tracing; see `mergence.tracing`.
         clock: Told of the end of each part of a forward while profiling; see `mergence.profiling`.
-        disabled: Run the model as if nothing were applied.
+        disabled: Run the model as if nothing were applied: whether a block of `disabled` is open.
         head: What a head outside of the tower makes of its tokens; see `under`.
     """
 
@@ -184,6 +184,9 @@ class Run:
         self.observer: Any = None
         self.clock: Callable[[str], None] | None = None
         self.disabled: bool = False
+        # Apart from it, because compiled code is guarded by what it looks at, and would be made
+        # again for each depth.
+        self._open: int = 0
         self.head: Head | None = None
 
     @contextmanager
@@ -228,6 +231,16 @@ class Run:
             yield
         finally:
             self.head = None
+
+    def disable(self) -> None:
+        """Open a block of `disabled`."""
+        self._open += 1
+        self.disabled = True
+
+    def enable(self) -> None:
+        """Close one, whichever: coroutines and generators close them in any order."""
+        self._open -= 1
+        self.disabled = self._open > 0
 
     def lap(self, part: str) -> None:
         """Say that all since the last lap was this part of the forward; see `profiling.PARTS`."""

@@ -59,6 +59,21 @@ def test_the_whole_forward_is_one_graph_and_compiles_once(
     assert torch.equal(first, output(short_reduced, image))
 
 
+def test_it_compiles_once_for_disabled_however_deep(
+    vit: nn.Module, image: Tensor, output: Any, shorten: Any
+) -> None:
+    short = shorten(vit, 1)
+    expected = output(short, image)
+    compiled = torch.compile(mergence.apply(short, "topk", keep_rate=0.7), backend="eager")
+    reduced = output(compiled, image)
+    with mergence.disabled(short):
+        output(compiled, image)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        with mergence.disabled(short), mergence.disabled(short), mergence.disabled(short):
+            assert torch.equal(output(compiled, image), expected)
+        assert torch.equal(output(compiled, image), reduced)
+
+
 @pytest.mark.slow
 def test_it_compiles_again_for_gradients_and_for_another_batch(
     vit: nn.Module, image: Tensor, output: Any, shorten: Any

@@ -36,6 +36,20 @@ def test_disabled_ends_when_its_body_raises(vit: nn.Module, image: Tensor, outpu
     assert torch.equal(output(vit, image), expected)
 
 
+def test_disabled_blocks_may_close_in_any_order(vit: nn.Module, image: Tensor, output: Any) -> None:
+    # As blocks of two coroutines do, or one in a generator that somebody holds.
+    expected = output(vit, image)
+    mergence.apply(vit, "topk", keep_rate=0.7)
+    reduced = output(vit, image)
+    first, second = mergence.disabled(vit), mergence.disabled(vit)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(output(vit, image), expected)
+    second.__exit__(None, None, None)
+    assert torch.equal(output(vit, image), reduced)
+
+
 def test_disabled_runs_a_dense_model_as_it_is(vit: nn.Module, image: Tensor, output: Any) -> None:
     expected = output(vit, image)
     with mergence.disabled(vit):
