@@ -59,6 +59,7 @@ def test_the_whole_forward_is_one_graph_and_compiles_once(
     assert torch.equal(first, output(short_reduced, image))
 
 
+@pytest.mark.slow
 def test_it_compiles_once_for_disabled_however_deep(
     vit: nn.Module, image: Tensor, output: Any, shorten: Any
 ) -> None:
