@@ -14,13 +14,12 @@ from torch import nn
 import mergence
 from mergence import demo
 from mergence.calibration import Calibration, calibrate
-from mergence.calibration.latency import budget_for
 from mergence.calibration.refining import Best
 from mergence.calibration.search import Prices, best_counts
 from mergence.calibration.tuning import _prices
 from mergence.data import Batch, Skipped, loader
 from mergence.distances import kl_divergence
-from mergence.errors import DataError, OptionError, ScheduleError
+from mergence.errors import DataError, OptionError
 from mergence.evaluation import evaluate
 from mergence.families.timm import FAMILY
 from mergence.method import Method
@@ -270,30 +269,6 @@ def test_wrong_arguments_are_named(
 ) -> None:
     with pytest.raises(OptionError, match=message):
         calibrate(model, batches, **arguments)
-
-
-def test_a_latency_becomes_the_largest_budget_that_meets_it() -> None:
-    def recipe(macs: float) -> mergence.Recipe:
-        if macs < 0.3:
-            raise ScheduleError("too few points")
-        return mergence.Recipe(Mstm(), mergence.Macs(macs=macs, shape=mergence.KeepRate()))
-
-    def time(recipe: mergence.Recipe) -> float:
-        return 0.2 + 0.8 * float(recipe.schedule.macs)  # type: ignore[attr-defined]
-
-    assert budget_for(0.8, recipe, time) == pytest.approx(0.75, abs=0.02)
-    with pytest.raises(
-        ScheduleError, match=r"latency=0\.3 is out of reach.*0\.60 of the time at 0"
-    ):
-        budget_for(0.3, recipe, time)
-
-
-@pytest.mark.slow
-def test_a_latency_is_measured_on_this_machine() -> None:
-    loaded = demo.load()
-    data = loader(demo.images(loaded, limit=8), batch_size=8)
-    result = calibrate(loaded.model, data, latency=0.9, images=8, trials=0, tune=False)
-    assert 0 < result.found[0].macs_ratio < 1
 
 
 @pytest.mark.slow

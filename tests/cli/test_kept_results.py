@@ -13,6 +13,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from mergence.calibration import Calibration
+from mergence.calibration.latency import Latency
 from mergence.calibration.outcome import Found
 from mergence.calibration.sensitivity import Curves
 from mergence.cli import app, main, output
@@ -165,6 +166,23 @@ def test_recipes_do_not_wait_for_a_picture(
         "recipe-0.5.json",
         "recipe-0.7.json",
     ]
+
+
+def test_a_calibration_for_a_time_says_which_is_reached_and_where_that_is_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make(schedule=[196] * 12, coarse=0.0)
+    latency = Latency(0.7, 2, "cpu (some)", "float32", reached=0.74)
+    found = Found(0.6, 0.59, recipe, None, None, 0, latency=latency)
+    result = Calibration((found,), Curves(196, ()), "kl", 2)
+    monkeypatch.setattr("mergence.calibration.calibrate", lambda *_, **__: result)
+    monkeypatch.chdir(tmp_path)
+    command = ("calibrate", "demo", "--data", "demo", "--latency", "0.7")
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert "time" in done.output
+    assert "74%" in done.output
+    assert "70% was asked for" in " ".join(done.output.split())
+    assert "takes longer than was asked for" in " ".join(done.output.split())
 
 
 def test_a_console_shows_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:

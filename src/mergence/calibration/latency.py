@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mergence.benchmark import bench
+from mergence.benchmark import SLOWER, bench
 from mergence.errors import ScheduleError
 from mergence.recipe import Recipe
 
 _STEPS = 6
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The time of a recipe as a share of the dense model's, in eager mode.
+
+    Attributes:
+        asked: The share that was asked for.
+        batch: Images in a batch.
+        device: What it was timed on.
+        dtype: Type of weights and images.
+        reached: The share that the recipe takes; None where the search was interrupted before that
+            was timed.
+    """
+
+    asked: float
+    batch: int
+    device: str
+    dtype: str
+    reached: float | None = None
+
+    @property
+    def missed(self) -> bool:
+        """Whether the recipe takes longer than was asked for, by more than two timings differ."""
+        return self.reached is not None and self.reached > self.asked / SLOWER
 
 
 def budget_for(

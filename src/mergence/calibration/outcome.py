@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mergence.calibration.latency import Latency
 from mergence.calibration.sensitivity import Curves
 from mergence.data import Skipped
 from mergence.recipe import Recipe
@@ -27,6 +28,7 @@ class Found:
             meet it.
         trials: How many schedules and options were measured for it.
         complete: False where the search was interrupted.
+        latency: The time that was asked for and that of the recipe; None for a share of the MACs.
     """
 
     budget: float
@@ -36,6 +38,7 @@ class Found:
     uncalibrated: float | None
     trials: int
     complete: bool = True
+    latency: Latency | None = None
 
 
 @dataclass(frozen=True)
@@ -58,5 +61,8 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """The calibration as plain JSON values."""
-        found = [vars(one) | {"recipe": one.recipe.to_dict()} for one in self.found]
+        found = []
+        for one in self.found:
+            latency = None if one.latency is None else dataclasses.asdict(one.latency)
+            found.append(vars(one) | {"recipe": one.recipe.to_dict(), "latency": latency})
         return dataclasses.asdict(dataclasses.replace(self, found=())) | {"found": found}

@@ -14,7 +14,7 @@ from mergence import family, surgery
 from mergence.api import applied, remove
 from mergence.arguments import check_several, is_number
 from mergence.calibration.effort import Work
-from mergence.calibration.latency import budget_for, share_of_time
+from mergence.calibration.latency import Latency, budget_for, share_of_time
 from mergence.calibration.outcome import Calibration, Found, Objective
 from mergence.calibration.probe import Probe
 from mergence.calibration.refining import Best
@@ -22,7 +22,7 @@ from mergence.calibration.search import Prices, best_counts, check_budget
 from mergence.calibration.sensitivity import measure
 from mergence.coarse import share_of
 from mergence.data import Batches, Skipped, as_batches
-from mergence.devices import stop_training, warn_of_slow_type
+from mergence.devices import described, stop_training, warn_of_slow_type
 from mergence.distances import (
     Distance,
     check_classes,
@@ -69,7 +69,7 @@ def calibrate(
     from there or from the method's own schedule; on these the method's options are tried and the
     schedule is refined by small steps. At last all images compare the result with the method's own
     schedule at the same budget, and the better one is the recipe. Labels are not looked at and
-    nothing is random: the same images give the same recipe.
+    nothing is random: the same images give the same recipe, for a latency as far as timings do.
 
     On Ctrl-C, once there are the curves and for a latency the MACs that meet it, the best recipes
     until then are returned.
@@ -80,7 +80,8 @@ def calibrate(
         batches: Images, as `mergence.data.loader` yields them.
         budgets: Shares of the dense MACs, each above 0 and below 1. All share one measurement.
         latency: In place of budgets: the share of the dense model's time on `device`, at the batch
-            size of the first batch. The MACs that meet it are found by timing.
+            size of the first batch, in eager mode. The MACs that meet it are found by timing, and
+            the recipe that comes out is timed as well: see `Found.latency`.
         method: A method, or the name of one.
         points: How many blocks may reduce. Each costs time, so few are better.
         align: Token counts, prefix included, are multiples of this. None takes what the
@@ -136,12 +137,18 @@ def calibrate(
         )
         table = curves.table()
 
+        def time(recipe: Recipe) -> float:
+            return share_of_time(model, pixels[0], recipe)
+
+        spent = None
         if latency is not None:
+            type_ = str(dtype).removeprefix("torch.")
+            spent = Latency(latency, len(pixels[0]), described(pixels[0].device), type_)
             budgets = (
                 budget_for(
                     latency,
                     lambda macs: _recipe(method, best_counts(table, prices, macs, points), prices),
-                    lambda candidate: share_of_time(model, pixels[0], candidate),
+                    time,
                 ),
             )
         found: list[Found] = []
@@ -157,11 +164,17 @@ def calibrate(
                     own = own if own is not None and _reductions(best, *own) <= points else None
                     best.improve(table, budget, points, trials, options, own)
                     calibrated, uncalibrated = _compared(best, distance, budget, points)
+                    if spent is not None:
+                        start = method, counts
+                        calibrated, spent = _timed(best, distance, calibrated, start, spent, time)
                     work.concluded(len(found) + 1)
             except KeyboardInterrupt:
                 complete = False
             final = prices_of(best.method)
-            notes = {objective: calibrated, "images": probe.images, "points": points}
+            notes: dict[str, Any] = {objective: calibrated}
+            notes |= {"images": probe.images, "points": points}
+            if spent is not None:
+                notes["latency"] = dataclasses.asdict(spent)
             found.append(
                 Found(
                     budget=budget,
@@ -171,6 +184,7 @@ def calibrate(
                     uncalibrated=uncalibrated,
                     trials=best.trials,
                     complete=complete,
+                    latency=spent,
                 )
             )
         return Calibration(tuple(found), curves, objective, probe.images, tuple(skipped))
@@ -257,6 +271,29 @@ def _compared(
     if uncalibrated < calibrated and _reductions(best, *own) <= points:
         (best.method, best.counts), calibrated = own, uncalibrated
     return calibrated, uncalibrated
+
+
+def _timed(
+    best: Best,
+    distance: Distance,
+    calibrated: float,
+    start: tuple[Method, tuple[int, ...]],
+    latency: Latency,
+    time: Callable[[Recipe], float],
+) -> tuple[float, Latency]:
+    """Distance and time of the best; where it takes too long, goes back to what met the time."""
+
+    def timed(method: Method, counts: tuple[int, ...]) -> Latency:
+        recipe = _recipe(method, counts, best.prices(method))
+        return dataclasses.replace(latency, reached=time(recipe))
+
+    found = timed(best.method, best.counts)
+    if not found.missed or (best.method, best.counts) == start:
+        return calibrated, found
+    # At equal MACs an option can take longer, such as coarse patches.
+    calibrated, found = best.probe.mean(distance, *start), timed(*start)
+    best.method, best.counts = start
+    return calibrated, found
 
 
 def _check(

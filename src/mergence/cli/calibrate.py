@@ -28,7 +28,8 @@ def calibrate(
     ],
     macs: o.ManyMacs = None,
     latency: Annotated[
-        float | None, typer.Option(help="Share of the dense time on this device to meet instead.")
+        float | None,
+        typer.Option(help="Share of the dense time on this device to meet instead, in eager mode."),
     ] = None,
     budgets: Annotated[
         str | None,
@@ -146,7 +147,8 @@ def _table(result: Calibration, model: str) -> None:
     title = f"{model} on {result.images} images without labels"
     table = table_of(title)
     name = {"kl": "KL", "cosine": "1 − cos"}[result.objective]
-    for heading in ("MACs", name, "own schedule", "tried"):
+    timed = [one.latency for one in result.found if one.latency is not None]
+    for heading in (*(["time"] if timed else []), "MACs", name, "own schedule", "tried"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("options")
     table.add_column("patch tokens after each block")
@@ -154,6 +156,7 @@ def _table(result: Calibration, model: str) -> None:
         schedule = one.recipe.schedule.to_dict()
         options = one.recipe.method.to_dict()
         table.add_row(
+            *(_number(latency.reached, ".0%") for latency in timed),
             f"{one.macs_ratio:.0%}",
             _number(one.distance) + ("" if one.complete else " (interrupted)"),
             _number(one.uncalibrated),
@@ -167,6 +170,19 @@ def _table(result: Calibration, model: str) -> None:
         "at the same MACs.",
         style="dim",
     )
+    for latency in timed:
+        console.print(
+            f"time: share of the dense model's, in eager mode at batch {latency.batch} in "
+            f"{latency.dtype} on {latency.device}; {latency.asked:.0%} was asked for.",
+            style="dim",
+        )
+        if latency.missed:
+            console.print(
+                "The recipe takes longer than was asked for: what met the time when the search "
+                "began does not meet it any more. Ask for less time, or try again on a quieter "
+                "machine.",
+                style="yellow",
+            )
     skipped(result.skipped)
 
 
@@ -174,8 +190,8 @@ def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _plot(result: Calibration, model: str, path: Path) -> bool:
