@@ -47,7 +47,7 @@ def test_files_are_there_before_anything_is_printed(
 
     def exported(model: object, path: Path, images: Tensor, **_: object) -> Export:
         path.write_bytes(bytes(200))
-        return Export(str(path), "pt2", None, (1, 28, 28), "", Agreement(2, 0, 0, 0, 2), {})
+        return Export(str(path), "pt2", None, (1, 28, 28), "", Agreement(2, 0, 0, 0, 2, 1e-3), {})
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(output.console, "print", closed)

@@ -112,6 +112,33 @@ def test_an_output_of_zeros_is_right_where_the_models_is() -> None:
         agreement.compare(Zeros(), lambda x: [torch.full((len(x), 2), 0.01)], IMAGES)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "within", "beyond"),
+    [(torch.float32, 9e-4, 2e-3), (torch.float16, 3e-3, 6e-3), (torch.bfloat16, 2e-2, 5e-2)],
+    ids=str,
+)
+def test_the_tolerance_is_that_of_the_type_of_the_answers(
+    dtype: torch.dtype, within: float, beyond: float
+) -> None:
+    class Typed(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            # Numbers of a power of two, on which a factor is not rounded away.
+            return {
+                "logits": torch.ones(len(x), 2, dtype=dtype),
+                "scale": SCALE,
+                "index": SCALE.long(),
+            }
+
+    def off(by: float) -> Callable[[Tensor], list[Tensor]]:
+        return lambda x: [torch.full((len(x), 2), 1 + by), SCALE, SCALE.long()]
+
+    found = agreement.compare(Typed(), off(within), IMAGES)
+    assert found.off == 0
+    assert within < found.tolerance < beyond
+    with pytest.raises(ExportError, match=f"On 20 of 20 images.* than {found.tolerance:g}"):
+        agreement.compare(Typed(), off(beyond), IMAGES)
+
+
 def test_a_model_that_answers_one_image_with_nan_is_never_taken_for_right() -> None:
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
