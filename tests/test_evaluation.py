@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import mergence
 from mergence import demo
+from mergence.calibration import calibrate
 from mergence.data import Batch, Skipped, loader
 from mergence.distances import kl_divergence
 from mergence.errors import DataError, OptionError
@@ -184,17 +185,32 @@ def test_without_an_image_the_first_bad_one_is_named(embedded: nn.Module) -> Non
         evaluate(embedded, bad, {"reduced": make(macs=0.5)})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_goes_on_after_an_evaluation(dtype: torch.dtype, fresh: Any) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_training_goes_on_after_an_evaluation(dtype: torch.dtype | None, fresh: Any) -> None:
     model = fresh("timm-vit").train()
     model.blocks[1].eval()  # as those that are frozen
     images = torch.randn(2, 3, 96, 96)
     evaluate(model, [images], {"reduced": make("tome", keep_rate=0.6)}, dtype=dtype)
     assert [model.training, *(block.training for block in model.blocks[:3])] == [1, 1, 0, 1]
-    model(images.to(dtype)).sum().backward()
+    model(images).sum().backward()
     with pytest.raises(mergence.MergenceError, match="lists 3 counts"):
         evaluate(model, [images], {"wrong": make("topk", schedule=[36, 20, 10])})
     assert model.training
+
+
+def test_a_model_is_run_as_it_is_and_a_copy_of_it_in_another_type(fresh: Any) -> None:
+    model, images, seen = fresh("timm-vit").double(), torch.randn(2, 3, 96, 96), []
+    model.blocks[0].register_forward_pre_hook(lambda block, given: seen.append(given[0].dtype))
+    runs = {"reduced": make("tome", keep_rate=0.6)}
+    for wanted in (None, torch.float32):
+        evaluate(model, [images], runs, dtype=wanted)
+        assert set(seen) == {wanted or torch.float64}
+        calibrate(model, [images], budgets=[0.7], points=1, trials=0, tune=False, dtype=wanted)
+        assert set(seen) == {wanted or torch.float64}
+        seen.clear()
+    with pytest.raises(mergence.MergenceError):
+        calibrate(model, [images], budgets=[0.01], dtype=torch.float32)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
 
 
 def test_labels_are_class_indices_however_a_loader_gives_them(embedded: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import re
 import warnings
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def best_device() -> str:
@@ -32,6 +33,27 @@ def synchronise(device: torch.device) -> None:
     """Wait until a device has done all of its work; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def placed(
+    model: nn.Module, of: Tensor, device: str | torch.device | None, dtype: torch.dtype | None
+) -> tuple[nn.Module, torch.device, torch.dtype]:
+    """A model on a device and in a type: itself where neither is given, and otherwise a copy.
+
+    A model that is moved and moved back would not be the same: half precision rounds weights.
+
+    Args:
+        model: The model.
+        of: A parameter, whose device and type are taken where none is given.
+        device: Where to run.
+        dtype: Type of weights and images.
+
+    Returns:
+        The model, its device and its type.
+    """
+    if device is not None or dtype is not None:
+        model = copy.deepcopy(model).to(device=device, dtype=dtype)
+    return model, torch.device(device or of.device), dtype or of.dtype
 
 
 def stop_training(model: nn.Module) -> Callable[[], None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mergence import family, surgery
 from mergence.api import apply, describe, remove
 from mergence.data import Batch, Batches, Skipped, as_batches
-from mergence.devices import stop_training, synchronise, warn_of_slow_type
+from mergence.devices import placed, stop_training, synchronise, warn_of_slow_type
 from mergence.distances import check_classes, cosine_distance, kl_divergence
 from mergence.errors import DataError, OptionError
 from mergence.macs import count
@@ -169,23 +169,24 @@ def evaluate(
     batches: Batches,
     recipes: Mapping[str, Recipe],
     *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
     model_name: str = "",
     data_name: str = "",
     progress: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
     """Run the dense model and each reduction over the same batches, interleaved.
 
-    The model is moved to `device` and `dtype` and left there, otherwise as it was.
+    The model is left as it was. In between it is changed for all threads, unless `device` or
+    `dtype` is given: then it is a copy that runs.
 
     Args:
         model: A model of a known family. Where it gives no class scores, its embeddings, maps or
             depths are compared by their cosine.
         batches: Images and labels, as `mergence.data.loader` yields them or any other loader.
         recipes: What to compare, by name.
-        device: Where to run.
-        dtype: Type of weights and images; metrics are computed in float32.
+        device: Where to run. None is where the model is; images are moved there.
+        dtype: Type of weights and images. None is the model's; metrics are computed in float32.
         model_name: Goes into the result.
         data_name: Goes into the result.
         progress: Called after each batch with the number of images in it, skipped ones included.
@@ -198,11 +199,11 @@ def evaluate(
     """
     runs = runs_of(recipes)
     require_images_alone(model)
-    classes = family.spec_of(model).classes
-    check_classes(classes)
-    kind = _Tally if classes else _Features
-    warn_of_slow_type(torch.device(device), dtype)
-    model = model.to(device=device, dtype=dtype)
+    spec = family.spec_of(model)
+    check_classes(spec.classes)
+    kind = _Tally if spec.classes else _Features
+    model, place, type_ = placed(model, next(spec.blocks[0].parameters()), device, dtype)
+    warn_of_slow_type(place, type_)
     tallies = {name: kind() for name in runs}
     images = 0
     skipped: list[Skipped] = []
@@ -217,7 +218,7 @@ def evaluate(
             skipped += batch.skipped
             if batch:
                 images += len(batch)
-                _run_batch(model, batch, paths, tallies, device, dtype)
+                _run_batch(model, batch, paths, tallies, place, type_)
             progress(len(batch) + len(batch.skipped))
     finally:
         back()
@@ -241,14 +242,14 @@ def evaluate(
     return Evaluation(model_name, data_name, images, tuple(skipped), results)
 
 
-# Not around all of `evaluate`: a model that is moved in inference mode can never be trained again.
+# Not around all of `evaluate`: what a caller's loader makes and keeps is to be of use in training.
 @torch.inference_mode()
 def _run_batch(
     model: nn.Module,
     batch: Batch,
     paths: Mapping[str, _Path],
     tallies: Mapping[str, _Tally | _Features],
-    device: str | torch.device,
+    device: torch.device,
     dtype: torch.dtype,
 ) -> None:
     images = batch.images.to(device=device, dtype=dtype)

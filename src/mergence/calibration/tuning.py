@@ -22,7 +22,7 @@ from mergence.calibration.search import Prices, best_counts, check_budget
 from mergence.calibration.sensitivity import measure
 from mergence.coarse import share_of
 from mergence.data import Batches, Skipped, as_batches
-from mergence.devices import described, stop_training, warn_of_slow_type
+from mergence.devices import described, placed, stop_training, warn_of_slow_type
 from mergence.distances import (
     Distance,
     check_classes,
@@ -57,8 +57,8 @@ def calibrate(
     trials: int = 24,
     tune: bool = True,
     objective: Objective | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Calibration:
     """Choose how many tokens leave at which block, so that a model's answers change least.
@@ -75,8 +75,8 @@ def calibrate(
     until then are returned.
 
     Args:
-        model: A model of a known family. It is moved to `device` and `dtype` and left there; what
-            was applied to it is taken off meanwhile and put back.
+        model: A model of a known family. It is left as it was. Meanwhile what was applied to it is
+            taken off, unless `device` or `dtype` is given: then it is a copy that runs.
         batches: Images, as `mergence.data.loader` yields them.
         budgets: Shares of the dense MACs, each above 0 and below 1. All share one measurement.
         latency: In place of budgets: the share of the dense model's time on `device`, at the batch
@@ -91,8 +91,8 @@ def calibrate(
         tune: Also try the values that the method lists as `tunable`.
         objective: `kl` of the logits, or `cosine` distance of the features. None takes `kl` for a
             classifier and `cosine` for a model without a head.
-        device: Where to run.
-        dtype: Type of weights and images.
+        device: Where to run. None is where the model is; images are moved there.
+        dtype: Type of weights and images. None is the model's.
         progress: Called with the share of the work that is done, 0 to 1.
 
     Raises:
@@ -106,22 +106,22 @@ def calibrate(
         method = dataclasses.replace(method, coarse=0.0)  # recipes with counts say everything
     check_several(budgets=budgets)
     _check(method, budgets, latency, points, images, trials)
-    warn_of_slow_type(torch.device(device), dtype)
-    model = model.to(device=device, dtype=dtype)
+    require_images_alone(model)
+    spec = family.find(model).inspect(model)
+    check_classes(spec.classes)
+    model, place, type_ = placed(model, next(spec.blocks[0].parameters()), device, dtype)
+    warn_of_slow_type(place, type_)
     back = surgery.bookmark(model)
     back_to_training = stop_training(model)
     try:
         remove(model)
-        require_images_alone(model)
-        spec = family.spec_of(model)
-        check_classes(spec.classes)
         options = _options(method, spec.coarse) if tune else {}
         objective = objective or ("kl" if spec.classes else "cosine")
         distance, searched = OBJECTIVES[objective]
-        pixels, skipped = _first_images(batches, images, device, dtype)
+        pixels, skipped = _first_images(batches, images, place, type_)
         work = Work(progress, sum(map(len, pixels)), trials, len(budgets) or 1)
         probe = Probe(model, pixels)
-        multiple = align or multiple_on(torch.device(device).type, dtype)
+        multiple = align or multiple_on(place.type, type_)
 
         @cache
         def prices_of(method: Method) -> Prices:
@@ -142,8 +142,8 @@ def calibrate(
 
         spent = None
         if latency is not None:
-            type_ = str(dtype).removeprefix("torch.")
-            spent = Latency(latency, len(pixels[0]), described(pixels[0].device), type_)
+            named = str(type_).removeprefix("torch.")
+            spent = Latency(latency, len(pixels[0]), described(place), named)
             budgets = (
                 budget_for(
                     latency,
@@ -209,7 +209,7 @@ def _options(method: Method, coarse: bool) -> dict[str, tuple[float, ...]]:
 
 
 def _first_images(
-    batches: Batches, images: int, device: str | torch.device, dtype: torch.dtype
+    batches: Batches, images: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Skipped]]:
     pixels: list[Tensor] = []
     skipped: list[Skipped] = []
