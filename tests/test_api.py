@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import mergence
 from mergence import family
-from mergence.errors import MergenceError
+from mergence.errors import MergenceError, ScheduleError
 from mergence.method import build
+from mergence.program import program_of
 from mergence.schedule import Constant
 
 
@@ -36,6 +38,20 @@ def test_the_ways_to_apply_in_the_documentation_work(vit: nn.Module, tmp_path: P
     assert mergence.describe(vit).method == method
     mergence.apply(vit, mergence.Recipe(method, Constant(r=1), align=2))
     assert mergence.describe(vit).counts == (35, 35, 33, 31, 31, 31)
+
+
+@torch.no_grad()
+def test_an_image_too_small_for_the_budget_has_the_strongest_schedule() -> None:
+    size = {"embed_dim": 48, "num_heads": 3, "img_size": 96, "dynamic_img_size": True}
+    model = timm.create_model("vit_tiny_patch16_224", **size).eval()
+    program = program_of(mergence.apply(model, macs=0.5, align=1))
+    for side in (16, 32, 48, 96):
+        assert model(torch.randn(1, 3, side, side)).shape == (1, 1000)
+    strongest = program.macs(4).total / program.macs(4, dense=True).total
+    assert program.counts(4)[1] == 1  # from the first step on
+    assert 0.5 < strongest < 0.6
+    with pytest.raises(ScheduleError, match="out of reach"):
+        mergence.apply(model, macs=0.01)
 
 
 def test_options_of_a_method_given_by_name_reach_it(vit: nn.Module) -> None:

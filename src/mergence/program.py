@@ -93,13 +93,16 @@ class Program:
         return self._tokens[patches]
 
     def _resolved(self, patches: int) -> tuple[int, ...]:
-        try:
-            return self.schedule.tokens(self.setting(patches))
-        except ScheduleError:
-            if self.align is not None or self.multiple == 1 or patches == self.patches:
-                raise
-            # An image so small that what the device is fast at leaves no choice of counts.
-            return self.schedule.tokens(replace(self, align=1).setting(patches))
+        # An image can be so small that what the device is fast at leaves no choice of counts ...
+        for program in (self, replace(self, align=self.align or 1)):
+            setting = program.setting(patches)
+            try:
+                return self.schedule.tokens(setting)
+            except ScheduleError:
+                if patches == self.patches:
+                    raise
+        # ... or that no schedule meets a budget, which is no reason to fail in the midst of others.
+        return self.schedule.strongest(setting)
 
     def counts(self, patches: int | None = None) -> tuple[int, ...]:
         """Patch tokens after each block; see `tokens`."""

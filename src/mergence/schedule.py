@@ -47,6 +47,14 @@ class Schedule(ABC):
         """
         return check(self.wanted(setting), setting)
 
+    def strongest(self, setting: Setting) -> tuple[int, ...]:
+        """What comes closest to `tokens` where that is out of reach.
+
+        Raises:
+            ScheduleError: Nothing does.
+        """
+        return self.tokens(setting)
+
     def align_on(self, device: str, dtype: torch.dtype) -> int:
         """The multiple that counts keep to on a type of device where nobody asks for another.
 
@@ -269,6 +277,9 @@ class Counts(Schedule):
 class Macs(Schedule):
     """The gentlest schedule of a shape that needs at most a share of the dense MACs.
 
+    An image of another size than the model's own may be too small for any to meet that; it has the
+    strongest there is.
+
     Attributes:
         macs: The share, above 0 and at most 1. What is counted: see `mergence.macs`.
         shape: The shape to fit.
@@ -288,6 +299,9 @@ class Macs(Schedule):
                 f"macs is {self.macs!r}; give the share of the dense model's multiply-adds to "
                 "keep, above 0 and at most 1, for example 0.67."
             )
+
+    def strongest(self, setting: Setting) -> tuple[int, ...]:
+        return self.shape.with_strength(1.0, setting).tokens(setting)
 
     def align_on(self, device: str, dtype: torch.dtype) -> int:
         return multiple_on(device, dtype)
