@@ -114,6 +114,10 @@ def test_a_model_that_was_changed_since_is_to_be_reduced_anew(vit: Any) -> None:
     with pytest.raises(MergenceError, match=r"144 patches and had 36.*Apply again"):
         mergence.describe(vit)
     assert mergence.describe(mergence.apply(vit, mergence.recipe_of(vit))).patches == 144
+    vit.reset_classifier(5000)
+    with pytest.raises(MergenceError, match=r"such as its head, has another size.*Apply again"):
+        mergence.describe(vit)
+    mergence.apply(vit, mergence.recipe_of(vit))
     vit.reset_classifier(5, global_pool="avg")
     with pytest.raises(MergenceError, match=r"has patch tokens for its head to read and had the"):
         mergence.describe(vit)

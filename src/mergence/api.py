@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -234,6 +235,15 @@ def _check_unchanged(model: nn.Module, program: Program) -> None:
                     f"{then} when it was reduced. Apply again: "
                     "mergence.apply(model, mergence.recipe_of(model))."
                 )
+        cost = program.cost
+        if not spec.classes:
+            cost = replace(cost, head=spec.cost.head, head_per_token=spec.cost.head_per_token)
+        if replace(spec.cost, prefix_alone=then_alone) != cost:
+            raise MergenceError(
+                f"A layer of this {surgery.original_class(model).__name__}, such as its head, has "
+                "another size than when it was reduced, and its MACs are counted for that. Apply "
+                "again: mergence.apply(model, mergence.recipe_of(model))."
+            )
 
 
 def _check_places(method: Method, spec: ModelSpec, learned: nn.Module | None) -> None:
