@@ -176,6 +176,8 @@ def test_arguments_are_checked_before_any_work(tmp_path: Path) -> None:
         ((model, tmp_path / "m.zip", IMAGES), r"m\.zip' names no format.*onnx, pt2, aoti"),
         ((model, tmp_path / "no" / "m.onnx", IMAGES), "there is no folder"),
         ((Sum(), file, IMAGES), r"model\.eval"),
+        ((model, file, [IMAGES, None]), "are a list; give a tensor"),
+        ((nn.Conv2d(3, 1, 2).eval(), file, IMAGES.double()), r"torch\.float64 and .*\.to\(dtype"),
         ((model, file, IMAGES[:1]), "at least 2"),
         ((model, file, IMAGES[0]), r"\[3, 2, 2\]; give \[B, C, H, W\]"),
     ]:
@@ -189,6 +191,11 @@ def test_arguments_are_checked_before_any_work(tmp_path: Path) -> None:
         mergence.export(model, file, IMAGES, opset=17)
     assert not list(tmp_path.iterdir())
     assert checked.format_of(tmp_path / "m.pt2", None)[0] == "pt2"
+
+
+def test_an_error_of_the_models_own_is_its_own(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"^Given .*expected input.* to have 5 channels"):
+        mergence.export(nn.Conv2d(5, 1, 2).eval(), tmp_path / "m.pt2", IMAGES)
 
 
 def saved(nodes: list[Any], path: Path) -> Path:

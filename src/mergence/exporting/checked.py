@@ -73,6 +73,7 @@ def export(
 
     Raises:
         OptionError: An argument cannot be used; nothing was done.
+        Exception: Whatever the model itself raises for these images.
         ExportError: The exporter failed, the graph has operators that runtimes cannot run well, or
             what was exported does not do what the model does.
         MissingExtraError: A package that exports or runs the format is not installed.
@@ -86,6 +87,12 @@ def export(
             "The model is in training mode, with dropout and the like. Call model.eval() first."
         )
     require_images_alone(model)
+    given: Any = images
+    if not isinstance(given, Tensor):
+        raise OptionError(
+            f"The images are a {type(given).__name__}; give a tensor. A loader's batch often holds "
+            "labels as well: images, labels = batch."
+        )
     if images.ndim not in (4, 5) or len(images) < 2:
         raise OptionError(
             f"The images have the shape {list(images.shape)}; give [B, C, H, W], or "
@@ -94,6 +101,7 @@ def export(
         )
     if opset < 18:
         raise OptionError(f"opset {opset} is too old for torch's exporter; give 18 or later.")
+    _run(model, images[:2])
     with staged(path.parent, what=path) as temporary:
         file = temporary / path.name
         form.write(model, images[:2], file, opset)
@@ -111,6 +119,26 @@ def export(
         agreement=found,
         operators=operators,
     )
+
+
+@torch.no_grad()
+def _run(model: nn.Module, images: Tensor) -> None:
+    """Run the model as it is, so that an error of its own is not taken for one of the export.
+
+    Raises:
+        OptionError: It does not run, and the images are of another type than its weights; some
+            models convert them.
+    """
+    try:
+        model(images)
+    except RuntimeError as error:
+        types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        if not types or images.dtype in types:
+            raise
+        raise OptionError(
+            f"The images are of {images.dtype} and the model of {', '.join(map(str, types))}, and "
+            f"it does not run: {str(error).splitlines()[0]}. Convert the images: images.to(dtype)."
+        ) from error
 
 
 def format_of(path: Path, to: str | None) -> tuple[str, Format]:
