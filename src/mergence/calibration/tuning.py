@@ -107,7 +107,7 @@ def calibrate(
     check_several(budgets=budgets)
     _check(method, budgets, latency, points, images, trials)
     require_images_alone(model)
-    spec = family.find(model).inspect(model)
+    spec = family.spec_of(model)
     check_classes(spec.classes)
     model, place, type_ = placed(model, next(spec.blocks[0].parameters()), device, dtype)
     warn_of_slow_type(place, type_)
