@@ -29,14 +29,14 @@ def test_the_exported_model_agrees_at_every_batch_size(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-class Step(nn.Module):
-    """Planning and merging alone, `[B, 1, N, C]` tokens to `[B, slots, C]`."""
+class Steps(nn.Module):
+    """Planning and merging alone, `[B, 1, N, C]` tokens to `[B, slots, C]` for each method."""
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, *methods: Method) -> None:
         super().__init__()
-        self.method = method
+        self.methods = methods
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = x.squeeze(1)
         view = TokenView(
             x=x,
@@ -47,17 +47,17 @@ class Step(nn.Module):
             _keys=x[:, :, 2:],
             _received=x[:, :, 2].softmax(dim=1),
         )
-        merged, size = ops.merge(x, view.size, self.method.plan(view, 9))
-        return merged * size.unsqueeze(2)
+        merged = [ops.merge(x, view.size, method.plan(view, 9)) for method in self.methods]
+        return tuple(tokens * size.unsqueeze(2) for tokens, size in merged)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", names())
 def test_every_method_becomes_a_graph_without_scatter_or_shapes_that_depend_on_values(
-    method: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    step = Step(methods.build(method, {})).eval()
-    done = mergence.export(step, tmp_path / "m.onnx", torch.randn(20, 1, 12, 8))
+    # One graph for all of them: the exporter takes seconds for any.
+    every = Steps(*(methods.build(name, {}) for name in names())).eval()
+    done = mergence.export(every, tmp_path / "m.onnx", torch.randn(20, 1, 12, 8))
     assert done.agreement.off == 0
     assert not any("Scatter" in operator for operator in done.operators)
 
@@ -82,13 +82,15 @@ def operators(model: nn.Module, images: Tensor) -> set[str]:
 # `random` hashes the places of tokens with integers.
 @pytest.mark.parametrize("method", [name for name in names() if name != "random"])
 def test_every_method_has_operators_that_executorch_knows(method: str) -> None:
-    step = Step(methods.build(method, {}))
+    step = Steps(methods.build(method, {}))
     assert {"topk", "gather"} <= operators(step, torch.randn(4, 1, 12, 8)) <= set(RUN.split())
 
 
-def test_coarse_patches_have_operators_that_executorch_knows(vit: nn.Module, image: Tensor) -> None:
-    known = operators(vit, image) | set(RUN.split())
-    model = mergence.apply(vit, macs=0.4)
+def test_coarse_patches_have_operators_that_executorch_knows(
+    vit: nn.Module, image: Tensor, shorten: Any
+) -> None:
+    known = operators(shorten(vit, 1), image) | set(RUN.split())
+    model = mergence.apply(vit, schedule=[20], coarse=0.4)
     assert mergence.describe(model).start < mergence.describe(model).patches
     assert operators(model, image) <= known
 
