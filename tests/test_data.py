@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mergence.data import Batch, ImageData, Lost, join, loader, open_images
+from mergence.data import Batch, ImageData, Lost, Skipped, join, loader, open_images
 from mergence.errors import DataError, OptionError
 from mergence.sources import ASSETS
 
@@ -194,6 +194,10 @@ def test_what_is_measured_goes_on_without_a_file_that_is_gone(folder: Path) -> N
     (gone,) = first.skipped
     assert gone == Lost("ant/1.png", gone.reason)
     assert gone.reason.startswith("FileNotFoundError: ")
+    (folder / "ant/1.png").symlink_to(folder / "nowhere.png")  # that is so every day
+    assert everything(data)[0].skipped == [
+        Skipped("ant/1.png", "OSError: it is a link to a file that is not there")
+    ]
 
 
 def test_a_batch_of_bad_images_only_is_empty(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
@@ -120,10 +120,15 @@ def test_what_has_an_effect_is_registered(monkeypatch: pytest.MonkeyPatch) -> No
         alpha: float = 0.0
         soft: bool = False
 
+    @mergence.register("made")
+    @frozen
+    class Made(Right):
+        alpha: float = field(default_factory=lambda: 0.1)
+
     @mergence.register("heir")
     class Heir(Right):
         def fewest_slots(self, tokens: int) -> int:
             return 2
 
-    assert Heir().alpha == 0.0
+    assert (Heir().alpha, Made().alpha) == (0.0, 0.1)
     assert methods.build("heir", {"soft": True}) == Heir(soft=True)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from mergence.devices import described
+from mergence.devices import described, placed
 
 CPU = torch.device("cpu")
 
@@ -25,3 +26,16 @@ def test_where_nothing_names_it_its_architecture_does(monkeypatch: pytest.Monkey
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.setattr(Path, "exists", lambda self: False)
     assert described(CPU) == f"cpu ({platform.machine()})"
+
+
+def test_a_model_is_copied_only_where_it_has_to_change() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.Conv2d(3, 4, 2))
+    model[1].bfloat16()
+    images = torch.bfloat16  # what meets them is the convolution
+    assert placed(model, None, None) == (model, CPU, images)
+    assert placed(model, "cpu", None) == (model, CPU, images)
+    changed, place, type_ = placed(model, None, torch.float32)
+    assert (place, type_) == (CPU, torch.float32)
+    assert {parameter.dtype for parameter in changed.parameters()} == {torch.float32}
+    assert model[1].weight.dtype == images
+    assert placed(changed, "cpu", torch.float32)[0] is changed

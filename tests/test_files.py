@@ -72,6 +72,26 @@ def test_a_device_is_written_to_and_a_link_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "full").is_symlink()
 
 
+def test_a_picture_is_what_its_own_name_says(tmp_path: Path) -> None:
+    (tmp_path / "a.svg").touch()
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.svg")
+    save_picture(tmp_path / "b.png")
+    assert (tmp_path / "a.svg").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_keeps_its_mode_and_its_other_name(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch(0o600)
+    write_text(tmp_path / "mine", "new")
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "other").hardlink_to(tmp_path / "mine")
+    write_text(tmp_path / "mine", "newer")
+    assert (tmp_path / "other").read_text() == "newer"
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere" / "file")
+    with pytest.raises(OptionError, match="lost' cannot be written: No such file"):
+        write_text(tmp_path / "lost", "text")
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_a_file_in_a_folder_that_may_not_be_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +110,8 @@ def test_a_file_in_a_folder_that_may_not_be_written_to(
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"^no model$"), staged(tmp_path):
         raise OSError("no model")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"), staged(tmp_path):
+        (tmp_path.parent / "nowhere" / "tokenizer.json").read_bytes()
     with pytest.raises(ZeroDivisionError), staged(tmp_path / "new"):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mergence
 from mergence import family, surgery
 from mergence.errors import OptionError
+from mergence.families import linear_macs
 from mergence.macs import count
 from mergence.method import names
 from mergence.methods import Mstm
@@ -143,6 +144,10 @@ def test_adapters_cost_nothing_so_that_merging_them_changes_no_schedule(fresh: A
             y: Tensor = self.base_layer(x) + self.up(self.down(x))
             return y
 
+    # Neither do modules that only note how wide they are count as linear layers.
+    head: Any = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    head.in_features = 4
+    assert linear_macs(head) == 4 * 8 + 8 * 2
     model = fresh("timm-vit")
     plain = mergence.describe(mergence.apply(model, macs=0.6))
     for block in mergence.remove(model).blocks:

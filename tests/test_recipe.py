@@ -295,3 +295,9 @@ def test_a_recipe_file_takes_no_options_beside_it(tmp_path: Path) -> None:
     RECIPE.save(tmp_path / "a.json")
     with pytest.raises(OptionError, match="already says everything; alpha"):
         make(tmp_path / "a.json", alpha=0.1)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed")
+    recipe = make("random", macs=0.5, seed=numpy.int64(3), size_attention=numpy.float32(0.5))
+    assert recipe == make("random", macs=0.5, seed=3, size_attention=0.5)

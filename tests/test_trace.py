@@ -132,3 +132,12 @@ def test_a_trace_looks_at_the_values_of_a_plan(
     with pytest.raises(PlanError, match=f"'topk' made a wrong plan in block 2: .*{message}"):
         mergence.trace(vit, torch.randn(IMAGES, 3, 96, 96))
     assert vit._mergence.run.observer is None
+
+
+@pytest.mark.slow
+def test_a_model_that_is_one_graph_is_traced(vit: nn.Module) -> None:
+    images = torch.randn(1, 3, 96, 96)
+    expected = mergence.trace(mergence.apply(vit, schedule=[36, 24, 24, 24, 24, 24]), images)
+    vit.compile(fullgraph=True, backend="eager")
+    found = mergence.trace(vit, images)
+    assert torch.equal(found.points[0].source, expected.points[0].source)

@@ -58,14 +58,15 @@ def _check_options(cls: Any, base: Any) -> None:
                 "the option."
             )
     for name, field in fields.items():
-        value = getattr(cls, name, dataclasses.MISSING)
-        # The __init__ that a dataclass made knows the defaults of then.
-        if value is not field.default and not inspect.ismemberdescriptor(value):
-            kind = getattr(field.type, "__name__", field.type)
-            raise OptionError(
-                f"{full_name(cls)}.{name} = {value!r} would have no effect: the option '{name}' "
-                f"keeps its default. {_DATACLASS}: {name}: {kind} = {value!r}."
-            )
+        for part in cls.__mro__:
+            if "__dataclass_fields__" in vars(part) and name in inspect.get_annotations(part):
+                break  # a dataclass says so, and its __init__ knows
+            if name in vars(part) and (value := vars(part)[name]) is not field.default:
+                kind = getattr(field.type, "__name__", field.type)
+                raise OptionError(
+                    f"{full_name(cls)}.{name} = {value!r} would have no effect: the option "
+                    f"'{name}' keeps its default. {_DATACLASS}: {name}: {kind} = {value!r}."
+                )
     for part in cls.__mro__:
         if not issubclass(part, base) or "__dataclass_fields__" in vars(part):
             continue

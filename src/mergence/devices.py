@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def best_device() -> str:
@@ -36,24 +36,31 @@ def synchronise(device: torch.device) -> None:
 
 
 def placed(
-    model: nn.Module, of: Tensor, device: str | torch.device | None, dtype: torch.dtype | None
+    model: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None
 ) -> tuple[nn.Module, torch.device, torch.dtype]:
-    """A model on a device and in a type: itself where neither is given, and otherwise a copy.
+    """A model on a device and in a type: itself where it is so already, and otherwise a copy.
 
     A model that is moved and moved back would not be the same: half precision rounds weights.
 
     Args:
         model: The model.
-        of: A parameter, whose device and type are taken where none is given.
-        device: Where to run.
-        dtype: Type of weights and images.
+        device: Where to run; None is where it is.
+        dtype: Type of weights and images; None is that of the weights that images meet.
 
     Returns:
         The model, its device and its type.
     """
-    if device is not None or dtype is not None:
+    tensors = [*model.parameters(), *model.buffers()]
+    floating = [x for x in tensors if x.is_floating_point()]
+    # A patch embedding is a convolution; blocks may be of another type, or packed in integers.
+    first = next((x for x in floating if x.ndim >= 4), floating[0])
+    place = first.device if device is None else torch.empty(0, device=device).device
+    type_ = dtype or first.dtype
+    if (device is not None and any(x.device != place for x in tensors)) or (
+        dtype is not None and any(x.dtype != dtype for x in floating)
+    ):
         model = copy.deepcopy(model).to(device=device, dtype=dtype)
-    return model, torch.device(device or of.device), dtype or of.dtype
+    return model, place, type_
 
 
 def stop_training(model: nn.Module) -> Callable[[], None]:

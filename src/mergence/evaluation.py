@@ -177,8 +177,8 @@ def evaluate(
 ) -> Evaluation:
     """Run the dense model and each reduction over the same batches, interleaved.
 
-    The model is left as it was. In between it is changed for all threads, unless `device` or
-    `dtype` is given: then it is a copy that runs.
+    The model is left as it was. In between it is changed for all threads, unless another `device`
+    or `dtype` is given: then it is a copy that runs.
 
     Args:
         model: A model of a known family. Where it gives no class scores, its embeddings, maps or
@@ -202,7 +202,7 @@ def evaluate(
     spec = family.spec_of(model)
     check_classes(spec.classes)
     kind = _Tally if spec.classes else _Features
-    model, place, type_ = placed(model, next(spec.blocks[0].parameters()), device, dtype)
+    model, place, type_ = placed(model, device, dtype)
     warn_of_slow_type(place, type_)
     tallies = {name: kind() for name in runs}
     images = 0

@@ -65,7 +65,7 @@ def staged(folder: Path, *, last: str = "", what: Path | None = None) -> Iterato
             left = " Some of its files are the new ones."
         made = False
     except Exception as error:
-        if (reason := _reason(error)) is None:
+        if (reason := _reason(error, folder)) is None:
             raise
         raise OptionError(f"'{what or folder}' cannot be written: {reason}.{left}") from error
     finally:
@@ -78,14 +78,17 @@ def staged(folder: Path, *, last: str = "", what: Path | None = None) -> Iterato
 def staged_file(path: Path) -> Iterator[Path]:
     """Lend a temporary place of one file, which replaces `path` when it is written.
 
-    Where it cannot be replaced the place is its own: a device, a pipe, or a file that may be
-    written to in a folder that may not.
+    Where it cannot be replaced the place is its own: a device, a pipe, a file of two names or one
+    that is mounted, or one that may be written to in a folder that may not.
 
     Raises:
         OptionError: It cannot be written.
     """
     place = path.resolve()  # a link stays one
-    if path.exists() and not (path.is_file() and os.access(place.parent, os.W_OK)):
+    replaceable = place.parent.is_dir() and os.access(place.parent, os.W_OK)
+    if path.exists():
+        replaceable &= path.is_file() and path.stat().st_nlink == 1 and not os.path.ismount(place)
+    if not replaceable:
         try:
             yield path
         except OSError as error:
@@ -93,6 +96,8 @@ def staged_file(path: Path) -> Iterator[Path]:
         return
     with staged(place.parent, what=path) as temporary:
         yield temporary / place.name
+        if path.exists():
+            shutil.copymode(path, temporary / place.name)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -105,10 +110,12 @@ def write_text(path: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def _reason(error: Exception) -> str | None:
-    """Why the system did not write a file; None where the error is another."""
+def _reason(error: Exception, folder: Path) -> str | None:
+    """Why the system did not write a file below a folder; None where the error is another."""
     if isinstance(error, OSError):
-        return error.strerror  # which libraries' own errors of this type lack
+        name = error.filename  # None where a file was open already
+        other = isinstance(name, str) and not Path(name).is_relative_to(folder)
+        return None if other else error.strerror  # which libraries' own errors of this type lack
     from safetensors import SafetensorError  # slow to import, and this module is not
 
     return str(error) if isinstance(error, SafetensorError) else None

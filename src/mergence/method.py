@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -208,7 +209,7 @@ def check_recordable(method: Method) -> None:
     for name in cls.options():
         value = getattr(method, name)
         try:
-            same = _without_lists(json.loads(json.dumps(value))) == value
+            same = _plain(json.loads(json.dumps(value))) == value
         except (TypeError, ValueError):
             same = False
         if not same:
@@ -218,11 +219,15 @@ def check_recordable(method: Method) -> None:
             )
 
 
-def _without_lists(value: Any) -> Any:
-    """A value that may come from JSON with tuples in place of lists, as frozen objects hold."""
+def _plain(value: Any) -> Any:
+    """A value with tuples in place of lists and Python's numbers in place of numpy's."""
     if isinstance(value, dict):
-        return {key: _without_lists(one) for key, one in value.items()}
-    return tuple(map(_without_lists, value)) if type(value) in (list, tuple) else value
+        return {key: _plain(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, bool | int | float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def names() -> list[str]:
@@ -258,7 +263,7 @@ def build(name: str, options: Mapping[str, Any]) -> Method:
                 f"Method '{name}' needs a value for its option '{field.name}'. Give one "
                 f"({field.name}=...), or give the option a default in its class."
             )
-    return cls(**{key: _without_lists(value) for key, value in options.items()})
+    return cls(**{key: _plain(value) for key, value in options.items()})
 
 
 def from_dict(data: Mapping[str, Any]) -> Method:

@@ -93,15 +93,16 @@ class Program:
         return self._tokens[patches]
 
     def _resolved(self, patches: int) -> tuple[int, ...]:
-        # An image can be so small that what the device is fast at leaves no choice of counts ...
-        for program in (self, replace(self, align=self.align or 1)):
-            setting = program.setting(patches)
-            try:
-                return self.schedule.tokens(setting)
-            except ScheduleError:
-                if patches == self.patches:
-                    raise
-        # ... or that no schedule meets a budget, which is no reason to fail in the midst of others.
+        setting = self.setting(patches)
+        try:
+            return self.schedule.tokens(setting)
+        except ScheduleError:
+            if patches == self.patches:
+                raise
+        if self.align is None and self.multiple > 1:
+            # An image so small that what the device is fast at leaves no choice of counts.
+            return replace(self, align=1)._resolved(patches)
+        # Or that no schedule meets a budget, which is no reason to fail in the midst of others.
         return self.schedule.strongest(setting)
 
     def counts(self, patches: int | None = None) -> tuple[int, ...]:

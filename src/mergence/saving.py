@@ -79,16 +79,20 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
 def write(model: nn.Module, folder: Path) -> None:
     """Write what `save` does, file by file, into an empty folder."""
-    recipe, learned = recipe_of(model), learned_by(model)
+    write_reduction(model, folder)
     back = surgery.bookmark(model)
     surgery.restore(model)
     try:
         _save_dense(model, folder)
     finally:
         back()
-    if learned:
+
+
+def write_reduction(model: nn.Module, folder: Path) -> None:
+    """Write the recipe of a reduced model, and what its method has learned, into a folder."""
+    (folder / RECIPE).write_text(recipe_of(model).to_json(), encoding="utf-8")
+    if learned := learned_by(model):
         save_file(learned, folder / LEARNED_WEIGHTS)
-    (folder / RECIPE).write_text(recipe.to_json(), encoding="utf-8")
 
 
 def load(folder: str | Path) -> nn.Module:

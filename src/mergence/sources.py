@@ -53,6 +53,8 @@ class Folder:
 
     def open(self, name: str) -> Image:
         path = self.root / name
+        if path.is_symlink() and not path.exists():  # every day, unlike a file that is out of reach
+            raise OSError("it is a link to a file that is not there")
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for
             raise OSError("it is no regular file")

@@ -181,7 +181,8 @@ class BlockStep:
                     "x.sub_(y)."
                 )
             run.lap("planning")
-            if run.observer is not None:
+            # In one graph values cannot be looked at.
+            if run.observer is not None and not torch.compiler.is_compiling():
                 run.observer.planned(block, plan)
             merged, after = self.program.merged(x, size, carry, plan)
             if self.program.cost.placed and importance is not None:

@@ -67,7 +67,8 @@ def save(figure: Figure, path: str | Path) -> Path:
     """
     path = check_path(path)
     with staged_file(path) as file:
-        figure.savefig(file, dpi=figure.dpi, facecolor="white")
+        kind = path.suffix[1:].lower()  # a link may lead to another name
+        figure.savefig(file, format=kind, dpi=figure.dpi, facecolor="white")
     return path
 
 

@@ -14,6 +14,7 @@ import mergence
 from mergence import demo, family
 from mergence.cli import app, main
 from mergence.cli.calibrate import _short
+from mergence.cli.options import recipes_of
 from mergence.errors import MergenceError
 from mergence.recipe import make
 
@@ -53,6 +54,11 @@ def test_eval_writes_the_documented_json(images: Path, tmp_path: Path) -> None:
     assert data["results"][3]["recipe"]["method"]["alpha"] == 0.5
     assert data["results"][1]["macs_ratio"] == pytest.approx(0.67, abs=0.005)
     assert "tome" in result.output
+
+
+def test_settings_may_say_how_much_to_reduce() -> None:
+    recipes = recipes_of(["tome"], None, None, None, ["r=8"], None)
+    assert recipes == {"tome": make("tome", r=8)}
 
 
 def test_eval_measures_every_method_at_every_budget(images: Path, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def calibrate(
 
     Args:
         model: A model of a known family. It is left as it was. Meanwhile what was applied to it is
-            taken off, unless `device` or `dtype` is given: then it is a copy that runs.
+            taken off, unless another `device` or `dtype` is given: then a copy runs.
         batches: Images, as `mergence.data.loader` yields them.
         budgets: Shares of the dense MACs, each above 0 and below 1. All share one measurement.
         latency: In place of budgets: the share of the dense model's time on `device`, at the batch
@@ -109,7 +109,7 @@ def calibrate(
     require_images_alone(model)
     spec = family.spec_of(model)
     check_classes(spec.classes)
-    model, place, type_ = placed(model, next(spec.blocks[0].parameters()), device, dtype)
+    model, place, type_ = placed(model, device, dtype)
     warn_of_slow_type(place, type_)
     back = surgery.bookmark(model)
     back_to_training = stop_training(model)

@@ -94,7 +94,7 @@ def calibrate(
             done = 100 * share
 
         result = calibrate(
-            loaded.model,
+            loaded.model.to(device=place, dtype=type_),
             loader(found, batch_size=batch_size, workers=workers),
             budgets=shares,
             latency=latency,
@@ -104,8 +104,6 @@ def calibrate(
             images=images,
             trials=trials,
             tune=tune,
-            device=place,
-            dtype=type_,
             progress=show,
         )
     source = {"model": model, "data": data, "seed": seed}

@@ -51,11 +51,9 @@ def evaluate(
     )
     with progress("evaluating", len(images)) as advance:
         result = evaluation.evaluate(
-            loaded.model,
+            loaded.model.to(device=place, dtype=type_),
             loader(images, batch_size=batch_size, workers=workers),
             recipes,
-            device=place,
-            dtype=type_,
             model_name=model,
             data_name=data,
             progress=advance,

@@ -177,7 +177,7 @@ def recipes_of(
         return {own.method.name: own}
     recipes: dict[str, Recipe] = {}
     if not files or methods:
-        if not macs and keep_rate is None:
+        if not macs and keep_rate is None and not {"r", "schedule"} & options.keys():
             raise OptionError(
                 "Nothing says how much to reduce. Give --macs 0.67 for two thirds of the work, or "
                 "--keep-rate, or --recipe with a file."

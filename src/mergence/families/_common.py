@@ -204,10 +204,13 @@ def linear_macs(module: Any) -> int:
     merged into it later. `nn.MultiheadAttention` keeps the weights of three in one parameter of
     its own.
     """
-    if hasattr(module, "in_features"):
-        return int(module.in_features * module.out_features)
-    own: int = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
-    return own + sum(map(linear_macs, module.children()))
+    if hasattr(module, "base_layer"):  # as peft calls what an adapter is around
+        return linear_macs(module.base_layer)
+    macs: int = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
+    macs += sum(map(linear_macs, module.children()))
+    if macs == 0 and hasattr(module, "out_features"):
+        macs = module.in_features * module.out_features
+    return macs
 
 
 def mean_by_size(x: Tensor, size: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def recipes_of(config: Config) -> dict[str, Recipe]:
             )
         given = len(config.recipe)
     else:
-        if not config.macs and config.keep_rate is None:
+        if not config.macs and config.keep_rate is None and not {"r", "schedule"} & set(config.set):
             raise OptionError(
                 "Nothing says how much to reduce. Give macs, for example 0.67 for two thirds of "
                 "the work, or keep_rate, or recipe."

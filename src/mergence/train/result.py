@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mergence import saving
-from mergence.api import recipe_of, remove
+from mergence.api import remove
 from mergence.recipe import Recipe
 
 WEIGHTS = "model.safetensors"
@@ -42,9 +42,7 @@ def save_model(
     if hasattr(model, "pretrained_cfg") or hasattr(model, "save_pretrained"):
         saving.write(model, folder)
     else:
-        (folder / saving.RECIPE).write_text(recipe_of(model).to_json(), encoding="utf-8")
-        if learned := saving.learned_by(model):
-            save_file(learned, folder / saving.LEARNED_WEIGHTS)
+        saving.write_reduction(model, folder)
         save_file(remove(model).state_dict(), folder / WEIGHTS)
     for name, recipe in list(recipes.items())[1:]:
         file = folder / f"{name.replace(' ', '-')}.json"

@@ -163,7 +163,7 @@ def count_read(images: int, skipped: Sequence[Skipped], what: str, accelerator: 
         named = {item.name: item.reason for item in gather_object(lost if gone else list(skipped))}
         raise DataError(
             f"Of the {total + bad} images of {what}, {problem}. First: {first(named)}. Make them "
-            "readable, and go on with --resume: the last checkpoint is untouched."
+            "readable, and go on with --resume."
         )
     return int(total)
 
