@@ -44,7 +44,7 @@ def test_timings_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     costs = r"\d+\.\d \+ \d+\.\d \+ \d+\.\d %"
     assert re.search(rf"\| reducing, float32, batch 1 \| \| {costs} \|", page)
     text = readme.read_text()
-    assert text.startswith(f"before\n{start}\nHow many times faster")
+    assert text.startswith(f"before\n{start}\nEach cell says how many times faster")
     speeds = re.search(
         r"\| \| cpu \(.*\n\|---\|---\|\n\| `deit_tiny_patch16_224`, batch 1 \| (.*) \|", text
     )

@@ -93,9 +93,16 @@ def reduced(dense: nn.Module, method: str) -> nn.Module:
     return mergence.apply(dense, method, keep_rate=KEEP_RATE)
 
 
-@pytest.fixture(params=PAIRS, ids="-".join)
-def short_reduced(request: pytest.FixtureRequest, fresh: Fresh, shorten: Any) -> nn.Module:
-    """Each kind of model with one of the methods, and all methods among them, two blocks deep."""
+# Following a forward takes seconds, so each kind is followed in one way: compiled, or traced.
+@pytest.fixture(params=PAIRS[::2], ids="-".join)
+def compilable(request: pytest.FixtureRequest, fresh: Fresh, shorten: Any) -> nn.Module:
+    """Every second kind of model with one of the methods, two blocks deep."""
+    return _short(*request.param, fresh, shorten)
+
+
+@pytest.fixture(params=PAIRS[1::2], ids="-".join)
+def traceable(request: pytest.FixtureRequest, fresh: Fresh, shorten: Any) -> nn.Module:
+    """The others."""
     return _short(*request.param, fresh, shorten)
 
 
@@ -131,7 +138,7 @@ def inputs(request: pytest.FixtureRequest, fresh: Fresh) -> Callable[[int], Tens
     chosen = [
         p
         for n, p in parameters.items()
-        if n in ("dense", "short_reduced", "whole_reduced", "exportable")
+        if n in ("dense", "compilable", "traceable", "whole_reduced", "exportable")
     ]
     kind = next(iter(chosen), PLAIN)
     kind = kind if isinstance(kind, str) else kind[0]

@@ -50,13 +50,13 @@ def test_planning_and_merging_compile_in_one_graph(method: str, view: Any) -> No
 
 @pytest.mark.slow
 def test_the_whole_forward_is_one_graph_and_compiles_once(
-    short_reduced: nn.Module, image: Tensor, output: Any
+    compilable: nn.Module, image: Tensor, output: Any
 ) -> None:
-    compiled = torch.compile(short_reduced, fullgraph=True, backend="eager")
+    compiled = torch.compile(compilable, fullgraph=True, backend="eager")
     first = output(compiled, image)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(output(compiled, image), first)
-    assert torch.equal(first, output(short_reduced, image))
+    assert torch.equal(first, output(compilable, image))
 
 
 @pytest.mark.slow

@@ -49,9 +49,9 @@ def operators(model: nn.Module, image: Tensor) -> set[str]:
 
 @pytest.mark.slow
 def test_a_traced_model_agrees_at_every_batch_size(
-    short_reduced: nn.Module, image: Tensor, inputs: Any, output: Any
+    traceable: nn.Module, image: Tensor, inputs: Any, output: Any
 ) -> None:
-    model = Answer(short_reduced)
+    model = Answer(traceable)
     graph = traced(model, image)
     for images in (image, inputs(3)):
         found, expected = output(graph, images), output(model, images)
