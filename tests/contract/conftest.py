@@ -45,6 +45,9 @@ SORTS = ("mergence", "tome", "topk")
 PAIRS = [
     (KINDS[i % len(KINDS)], names()[i % len(names())]) for i in range(max(len(KINDS), len(names())))
 ]
+FIRST_OF_FAMILY = {
+    f"{f.name}-{next(iter(f.tiny()))}" for f in family.registry().values() if f.tiny()
+}
 EVERY_PROMISE = {*PAIRS, *product([PLAIN], names())}
 FULL_PRODUCT = {*product(FIRST_OF_LIBRARY, names()), *product(KINDS, SORTS)}
 FAST = {*product([PLAIN], names()), *(pair for pair in PAIRS if pair[0] in FIRST_OF_LIBRARY)}
@@ -93,16 +96,23 @@ def reduced(dense: nn.Module, method: str) -> nn.Module:
     return mergence.apply(dense, method, keep_rate=KEEP_RATE)
 
 
-# Following a forward takes seconds, so each kind is followed in one way: compiled, or traced.
-@pytest.fixture(params=PAIRS[::2], ids="-".join)
+# Following a forward takes seconds: the first kind of a family is followed in both ways, compiled
+# and traced, and every other in one.
+@pytest.fixture(
+    params=[pair for pair in PAIRS if pair in PAIRS[::2] or pair[0] in FIRST_OF_FAMILY],
+    ids="-".join,
+)
 def compilable(request: pytest.FixtureRequest, fresh: Fresh, shorten: Any) -> nn.Module:
     """Every second kind of model with one of the methods, two blocks deep."""
     return _short(*request.param, fresh, shorten)
 
 
-@pytest.fixture(params=PAIRS[1::2], ids="-".join)
+@pytest.fixture(
+    params=[pair for pair in PAIRS if pair in PAIRS[1::2] or pair[0] in FIRST_OF_FAMILY],
+    ids="-".join,
+)
 def traceable(request: pytest.FixtureRequest, fresh: Fresh, shorten: Any) -> nn.Module:
-    """The others."""
+    """The others, in the same way."""
     return _short(*request.param, fresh, shorten)
 
 
