@@ -279,6 +279,7 @@ def test_calibrate_writes_a_family_of_recipes_and_their_frontier(
         (("--macs", "1.7"), "budgets holds 1.7"),
         (("--macs", "0.7", "--out", "no/such/folder/r.json"), "there is no folder"),
         (("--macs", "0.7", "--method", "tom"), "Did you mean 'tome'"),
+        (("--macs", "0.7", "--method", "tome", "--method", "evit"), "tome, evit.*takes one"),
         (("--macs", "0.7", "--set", "beta=1"), "no option 'beta'"),
     ],
 )

@@ -36,7 +36,7 @@ def calibrate(
         typer.Option(metavar="R,R,...", help="Several shares of the MACs: a family of recipes."),
     ] = None,
     out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.json"),
-    method: Annotated[str, typer.Option(help="A method's name.")] = "mergence",
+    method: o.OneMethod = None,
     set_: o.Set = None,
     points: Annotated[
         int, typer.Option(min=1, help="How many blocks may reduce; each costs time.")

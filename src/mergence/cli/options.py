@@ -33,7 +33,7 @@ Methods = Annotated[
 Recipes = Annotated[
     list[Path] | None, typer.Option("--recipe", help="A recipe file. May be given several times.")
 ]
-# Lists, too, so that one that is given twice is noticed: see `recipe_of`.
+# Lists, too, so that one that is given twice is noticed: see `recipe_of` and `method_of`.
 OneMethod = Annotated[
     list[str] | None, typer.Option("--method", help="A method's name; mergence if unset.")
 ]
@@ -140,16 +140,21 @@ def load(model: str, checkpoint: Path | None = None) -> LoadedModel:
     return loaded
 
 
-def method_of(name: str, settings: Sequence[str] | None) -> Method:
-    """Turn a `--method` and its `--set` into a method.
+def method_of(names: Sequence[str] | None, settings: Sequence[str] | None) -> Method:
+    """Turn the `--method` of a command that takes one, and its `--set`, into a method.
 
     Raises:
         UnknownNameError: There is no such method.
-        OptionError: An option is unknown or out of range.
+        OptionError: Several are named, or an option is unknown or out of range.
     """
     from mergence.method import build
 
-    return build(name, settings_of(settings))
+    if names and len(names) > 1:
+        raise OptionError(
+            f"--method is given {len(names)} times ({', '.join(names)}), and this command takes "
+            "one. Run it once for each, with another --out."
+        )
+    return build(names[0] if names else "mergence", settings_of(settings))
 
 
 def recipes_of(
