@@ -86,7 +86,7 @@ def test_the_method_and_the_family_pass_the_contract_suite(installed: str) -> No
     assert {
         "test_the_restated_block_is_bit_identical_when_it_reduces_nothing",
         "test_the_whole_forward_is_one_graph_and_compiles_once",
-        "test_a_model_of_every_family_becomes_an_onnx_graph",
+        "test_a_model_of_every_library_becomes_an_onnx_graph",
     } <= of_the_family
     assert set(skipped) <= without
     assert {case for _, case in passed} >= {f"plainvit-vit-{name}" for name in names()}

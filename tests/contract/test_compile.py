@@ -91,16 +91,16 @@ def test_it_compiles_again_for_gradients_and_for_another_batch(
 
 @pytest.mark.slow
 def test_blocks_that_are_compiled_one_by_one_know_of_each_other(
-    whole_reduced: nn.Module, image: Tensor, output: Any, threads: Any
+    of_library: nn.Module, image: Tensor, output: Any, threads: Any
 ) -> None:
-    expected = output(whole_reduced, image)
-    blocks = family.find(whole_reduced).inspect(whole_reduced).blocks
+    expected = output(of_library, image)
+    blocks = family.find(of_library).inspect(of_library).blocks
     for block in blocks:
         block.compile(backend="eager")
     with torch._dynamo.config.patch(recompile_limit=2 * len(blocks)):
-        assert torch.equal(output(whole_reduced, image), expected)
+        assert torch.equal(output(of_library, image), expected)
         with threads(1) as pool:
-            assert torch.equal(pool.submit(output, whole_reduced, image).result(), expected)
+            assert torch.equal(pool.submit(output, of_library, image).result(), expected)
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import mergence
-from mergence import family, ops
 from mergence import method as methods
+from mergence import ops
 from mergence.method import Method, names
 from mergence.plan import TokenView
 
@@ -96,13 +96,8 @@ def test_coarse_patches_have_operators_that_executorch_knows(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, f in family.registry().items() if f.tiny()])
-def test_a_model_of_every_family_becomes_an_onnx_graph(
-    name: str, shorten: Any, tmp_path: Path
+def test_a_model_of_every_library_becomes_an_onnx_graph(
+    of_library: nn.Module, inputs: Any, tmp_path: Path
 ) -> None:
-    found = family.registry()[name]
-    build = next(iter(found.tiny().values()))
-    model = mergence.apply(shorten(build(), 2), keep_rate=0.7)
-    images = torch.randn(20, *found.input_shape(model))
-    done = mergence.export(model, tmp_path / "m.onnx", images)
+    done = mergence.export(of_library, tmp_path / "m.onnx", inputs(20))
     assert done.agreement.off == 0

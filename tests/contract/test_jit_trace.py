@@ -61,10 +61,11 @@ def test_a_traced_model_agrees_at_every_batch_size(
 # `random` hashes the places of tokens with integers.
 @pytest.mark.parametrize("method", [name for name in names() if name != "random"])
 def test_every_method_has_operators_that_converters_know(
-    vit: nn.Module, method: str, image: Tensor
+    vit: nn.Module, method: str, image: Tensor, shorten: Any
 ) -> None:
-    known = operators(vit, image) | set(CONVERTED.split())
-    assert operators(mergence.apply(vit, method, keep_rate=0.7), image) <= known
+    short = shorten(vit, 2)
+    known = operators(short, image) | set(CONVERTED.split())
+    assert operators(mergence.apply(short, method, schedule=[25, 25]), image) <= known
 
 
 @pytest.mark.parametrize("side", [96, 112])  # seven rows of patches: one of them is in no region
@@ -78,10 +79,11 @@ def test_no_tensor_has_more_dimensions_than_core_ml_knows(vit: Any, side: int) -
 
 
 def test_openvino_runs_a_model_that_reads_coarsely(
-    vit: nn.Module, image: Tensor, inputs: Any, output: Any
+    vit: nn.Module, image: Tensor, inputs: Any, output: Any, shorten: Any
 ) -> None:
-    known = operators(vit, image) | set(CONVERTED.split())
-    model = mergence.apply(vit, macs=0.4).eval()
+    short = shorten(vit, 2)
+    known = operators(short, image) | set(CONVERTED.split())
+    model = mergence.apply(short, schedule=[20, 8], coarse=0.5).eval()
     assert mergence.describe(model).start < mergence.describe(model).patches
     assert operators(model, image) <= known
     graph = openvino.convert_model(model, example_input=image, input=[-1, *image.shape[1:]])
