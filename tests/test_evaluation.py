@@ -17,6 +17,7 @@ from mergence.data import Batch, Skipped, loader
 from mergence.distances import kl_divergence
 from mergence.errors import DataError, OptionError
 from mergence.evaluation import _Tally, evaluate
+from mergence.outputs import answer
 from mergence.recipe import make
 
 
@@ -56,15 +57,36 @@ def test_keeping_everything_agrees_exactly_with_the_dense_model(embedded: nn.Mod
     assert result[1].top1 is None
 
 
-def test_features_of_which_tokens_were_merged_cannot_be_compared() -> None:
-    """A tower without a pooling answers with tokens."""
-    from mergence.families.transformers import FAMILY
-
-    tower = FAMILY.tiny()["vit_pooler"]()
+@pytest.fixture(params=["timm", "transformers"])
+def of_tokens(request: pytest.FixtureRequest, fresh: Any) -> Any:
+    """Models without a pooling, which answer with tokens."""
+    if request.param == "timm":
+        model = fresh("timm-vit")
+        model.reset_classifier(0, "")
+        return model
+    tower = fresh("transformers-vit_pooler")
     tower.pooler = None
+    return tower
+
+
+def test_tokens_are_compared_patch_by_patch(of_tokens: Any) -> None:
+    images, recipe = torch.randn(2, 3, 96, 96), make("mergence", keep_rate=0.7)
+    dense, reduced = evaluate(of_tokens, batches(images, None), {"reduced": recipe}).results
+    with torch.no_grad():
+        expected = answer(of_tokens(images))
+        found = mergence.restore(answer(mergence.apply(of_tokens, recipe)(images)))
+    assert dense.cosine == pytest.approx(0, abs=1e-6)
+    cosine = torch.cosine_similarity(expected.flatten(1), found.flatten(1)).mean()
+    assert reduced.cosine == pytest.approx(1 - float(cosine), abs=1e-6)
+
+
+def test_tokens_that_remember_nothing_cannot_be_compared(fresh: Any) -> None:
+    model = fresh("timm-vit")
+    model.reset_classifier(0, "")
+    model.register_forward_hook(lambda module, images, tokens: tokens.clone())
     images = torch.randn(2, 3, 96, 96)
     with pytest.raises(OptionError, match=r"\[2, 37, 48\] and \[2, 1[0-9], 48\].*pools"):
-        evaluate(tower, batches(images, None), {"reduced": make("mergence", keep_rate=0.7)})
+        evaluate(model, batches(images, None), {"reduced": make("mergence", keep_rate=0.7)})
 
 
 def test_a_single_value_cannot_be_compared(fresh: Any) -> None:

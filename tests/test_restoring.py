@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import mergence
@@ -167,3 +168,50 @@ def test_tokens_that_remember_nothing_are_refused() -> None:
     features = model.forward_features(torch.randn(1, 3, 96, 96))
     with pytest.raises(ReducedOutputError, match=r"the very tensor.*or a source map"):
         mergence.restore(features.clone())
+
+
+class Segmenter(VisionTransformer):  # type: ignore[misc]
+    """A model whose own forward reads the maps of an image and of its mirror image."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def read(image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            (features,) = self.forward_intermediates(image, indices=[3], intermediates_only=True)
+            tokens = self.forward_features(image)
+            return features, mergence.restore(tokens), self.forward_head(tokens)
+
+        return *read(x), *read(x.flip(3))
+
+
+@pytest.mark.parametrize("method", ["mergence", "tome", "topk"])
+@torch.no_grad()
+def test_a_models_own_forward_gets_what_a_call_from_outside_gets(method: str) -> None:
+    model = Segmenter(img_size=96, embed_dim=48, depth=4, num_heads=3, global_pool="avg").eval()
+    mergence.apply(model, method, keep_rate=0.7)
+    image = torch.randn(2, 3, 96, 96)
+    inside, outside = model(image), Segmenter.forward(model, image)
+    assert len(inside) == 6
+    assert all(map(torch.equal, inside, outside))
+
+
+@pytest.mark.parametrize("method", ["mergence", "topk"])
+@torch.no_grad()
+def test_a_model_that_answers_with_its_tokens_keeps_what_set_them_apart(method: str) -> None:
+    model: Any = family.registry()["timm"].tiny()["vit"]()
+    model.reset_classifier(0, "")
+    mergence.apply(model, method, keep_rate=0.7)
+    image = torch.randn(2, 3, 96, 96)
+    expected = mergence.restore(model.forward_features(image))
+    assert torch.equal(mergence.restore(model(image)), expected)
+
+
+@pytest.mark.parametrize("kind", ["vit_pooler", "dinov2"])
+@torch.no_grad()
+def test_a_tower_of_transformers_is_whole_while_it_is_disabled(kind: str, fresh: Any) -> None:
+    model = fresh(f"transformers-{kind}")
+    mergence.apply(model, keep_rate=0.7)
+    image = torch.randn(2, 3, 96, 96)
+    with mergence.disabled(model):
+        found = model(image, output_hidden_states=True)
+    last = [found.last_hidden_state] if kind == "vit_pooler" else []
+    for tokens in (*found.hidden_states, *last):
+        assert torch.equal(mergence.restore(tokens), tokens)

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from mergence.errors import OptionError
+from mergence.outputs import answer
+from mergence.restoring import restore
+from mergence.state import attached
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Dense and reduced output, `[B, ...]` of one shape -> distance of each image, `[B]`."""
+
+
+def compared(output: Any) -> Tensor:
+    """A model's answer as distances take it, in float32.
+
+    Where it is tokens that remember what was merged, there is one for every patch.
+    """
+    found = answer(output)
+    return (found if attached(found) is None else restore(found)).float()
 
 
 def check_classes(classes: int) -> None:
@@ -56,8 +69,9 @@ def cosine_distance(dense: Tensor, reduced: Tensor) -> Tensor:
     if dense.shape != reduced.shape:
         raise OptionError(
             "The model answers with its tokens, so that the dense and the reduced answers cannot "
-            f"be compared ({list(dense.shape)} and {list(reduced.shape)}). Give a model that pools "
-            "them, or a backbone, whose maps have a place for every patch."
+            f"be compared ({list(dense.shape)} and {list(reduced.shape)}), and that do not "
+            "remember what was merged. Give a model that pools them, or a backbone, whose maps "
+            "have a place for every patch."
         )
     cosine = F.cosine_similarity(dense.flatten(1), reduced.flatten(1), dim=1)
     return (1 - cosine).clamp(min=0)  # equal ones may have a cosine of more than 1, by rounding

@@ -14,10 +14,9 @@ from mergence import family, surgery
 from mergence.api import apply, describe, remove
 from mergence.data import Batch, Batches, Skipped, as_batches
 from mergence.devices import placed, stop_training, synchronise, warn_of_slow_type
-from mergence.distances import check_classes, cosine_distance, kl_divergence
+from mergence.distances import check_classes, compared, cosine_distance, kl_divergence
 from mergence.errors import DataError, OptionError
 from mergence.macs import count
-from mergence.outputs import answer
 from mergence.program import require_images_alone
 from mergence.recipe import Recipe
 
@@ -264,7 +263,7 @@ def _run_batch(
         output = model(images)
         synchronise(images.device)
         tallies[name].seconds += time.perf_counter() - start
-        found = answer(output).float()
+        found = compared(output)
         dense = found if dense is None else dense
         tallies[name].add(found, dense, labels)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergence.errors import ReducedOutputError
 from mergence.plan import spread
-from mergence.state import Carry, attached
+from mergence.state import Carry, attached, attached_dense
 
 
 def as_it_is(x: Tensor) -> Tensor:
@@ -34,8 +34,9 @@ def restore(tokens: Tensor, source_map: Tensor | None = None) -> Tensor:
 
     Args:
         tokens: `[B, slots, C]` patch tokens after a reduction. Without `source_map`, the very
-            tensor that `forward_features` of a reduced model returned: `[B, P + slots, C]`, which
-            remembers what was merged. What was written into it since is not seen.
+            tensor that `forward_features` of a reduced model returned, or in transformers its
+            `last_hidden_state`: `[B, P + slots, C]`, which remembers what was merged. What was
+            written into it since is not seen. One of `mergence.disabled` is whole already.
         source_map: `[B, patches]` integers, the slot of each patch, -1 where it was dropped. Of
             such tokens nothing else is known: patches of a token share its value, and those that
             were dropped get zeros.
@@ -51,11 +52,14 @@ def restore(tokens: Tensor, source_map: Tensor | None = None) -> Tensor:
         _check(tokens, source_map)
         return spread(tokens, source_map.long())
     carry = attached(tokens)
+    if carry is None and attached_dense(tokens):
+        return tokens
     if carry is None:
         raise ReducedOutputError(
             f"These tokens of shape {list(tokens.shape)} do not remember which patch is where. "
-            "Pass the very tensor that forward_features of a reduced model returned, outside of "
-            "compiled code, or a source map: mergence.restore(tokens, source_map)."
+            "Pass the very tensor that forward_features of a reduced model returned, in "
+            "transformers its last_hidden_state or one of its hidden_states, outside of compiled "
+            "code, or a source map: mergence.restore(tokens, source_map)."
         )
     # A norm of the model follows; features made without gradients are not to train it.
     with torch.set_grad_enabled(torch.is_grad_enabled() and tokens.requires_grad):

@@ -193,10 +193,10 @@ class Run:
     def forward(
         self, grid: tuple[int, int], *, every_patch: bool = False, prefix_alone: bool = False
     ) -> Iterator[Run]:
-        """Mark a model's forward; inner calls join the outer one.
+        """Mark a model's forward; inner calls join the outer one, and begin anew with their image.
 
         The run is reset on entry and on exit, so that nothing of an earlier forward, also of one
-        that failed, can reach a later one.
+        that failed, can reach a later one. What the outer call asks for goes for inner ones.
 
         Args:
             grid: Patch rows and columns.
@@ -204,7 +204,8 @@ class Run:
             prefix_alone: Whether what it gives out is made of the prefix tokens alone.
         """
         if self.active:
-            yield self
+            self.carry, self.grid, self.readings, self.last = None, grid, None, None
+            yield self  # and leaves what is known of its tokens to the head
             return
         self.active, self.carry, self.grid, self.readings = True, None, grid, None
         self.every_patch, self.last = every_patch, None
@@ -274,13 +275,13 @@ def attach(x: Tensor, carry: Carry | None) -> None:
 
 
 def attach_dense(x: Tensor) -> None:
-    """Let a tensor remember that a block took it in `disabled`."""
+    """Let a tensor of `disabled` remember that it is whole: one that a block took or a tower gave."""
     if not torch.compiler.is_compiling():
         setattr(x, _DENSE, True)
 
 
 def attached_dense(x: Tensor) -> bool:
-    """Whether a block took a tensor in `disabled`."""
+    """Whether a tensor is of `disabled`."""
     return hasattr(x, _DENSE)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mergence import family
 from mergence.api import applied
-from mergence.distances import Distance
+from mergence.distances import Distance, compared
 from mergence.method import Method
 from mergence.outputs import answer
 from mergence.recipe import Recipe
@@ -82,7 +82,7 @@ class Probe:
                 if images is not None and done >= images:
                     break
                 with _resumed(self._blocks, outputs, first):
-                    reduced = answer(self._model(batch)).float()
+                    reduced = compared(self._model(batch))
                 total += float(distance(dense, reduced).sum())
                 done += len(batch)
         return total / done
@@ -97,7 +97,7 @@ class Probe:
         with ExitStack() as hooks:
             for block in self._blocks:
                 hooks.enter_context(_removed(block.register_forward_hook(remember)))
-            return answer(self._model(batch)).float(), outputs
+            return compared(self._model(batch)), outputs
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from mergence.families._transformers_releases import path_of_blocks
 from mergence.family import qualified_names
 from mergence.program import Program
 from mergence.restoring import restored
-from mergence.state import Carry, Head, Run, attach
+from mergence.state import Carry, Head, Run, attach, attach_dense
 
 _ADDITIVE = ("sdpa", "eager")
 
@@ -50,7 +50,7 @@ class ReducedTower:
         run = program.run
         image = _image(inputs, options)
         if run.disabled or image is None:  # without an image the library says what is missing
-            return dense.forward(*inputs, **options)
+            return whole(dense.forward(*inputs, **options))
         refuse_mask(options.get("attention_mask"))
         refuse_padding(options.get("patch_attention_mask"))
         require_additive(self.config, ReducedOutputError)
@@ -238,6 +238,16 @@ def each_tensor(found: Any, change: Callable[[Tensor], Tensor]) -> Any:
     for name in list(found or ()):
         found[name] = each_tensor(found[name], change)
     return found
+
+
+def whole(outputs: Any) -> Any:
+    """What a tower gave out in `disabled`; its tokens remember that they are whole."""
+
+    def remember(x: Tensor) -> Tensor:
+        attach_dense(x)
+        return x
+
+    return outputs if torch.compiler.is_compiling() else each_tensor(outputs, remember)
 
 
 def with_every_patch(tokens: Tensor, known: Carry | None, prefix: int) -> Tensor:

@@ -138,7 +138,9 @@ class ReducedTrunk:
     def forward(self: Any, x: Tensor, *masks: Any, **options: Any) -> Tensor:
         """The model's forward, as one run. The blocks refuse masks."""
         dense: Any = super(ReducedTrunk, self)
-        with self._mergence_run(x):
+        # Without pooling tokens come out, and a subclass's own forward may look at them.
+        whole = not self.global_pool or not same_library(self, self.blocks[0])
+        with self._mergence_run(x, every_patch=whole):
             y: Tensor = dense.forward(x, *masks, **options)
             return y
 
@@ -226,7 +228,7 @@ def sizes_to_pool(model: Any, x: Tensor, by_size: bool) -> Tensor | None:
     run = program.run
     if run.disabled or not by_size:
         return None
-    carry = run.known() or attached(x)
+    carry = attached(x) or run.known()  # a forward may ask for the features of several images
     if carry is None and x.shape[1] != program.prefix + program.patches:
         raise ReducedOutputError(
             f"The head got {x.shape[1]} tokens whose sizes are not known, and it pools by "

@@ -33,6 +33,7 @@ from mergence.families._transformers_towers import (
     grid_of,
     refuse_attentions,
     require_additive,
+    whole,
     with_every_patch,
 )
 from mergence.family import Family, ModelSpec
@@ -118,7 +119,7 @@ class ReducedVJEPA2:
         run = program.run
         video = inputs[0] if inputs else options.get("pixel_values_videos")
         if run.disabled or video is None:  # without a video the library says what is missing
-            return dense.forward(*inputs, **options)
+            return whole(dense.forward(*inputs, **options))
         require_additive(self.config, ReducedOutputError)
         refuse_attentions(self.config, options)
         grid = _grid(self.config, video.shape)
