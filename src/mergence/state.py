@@ -275,13 +275,13 @@ def attach(x: Tensor, carry: Carry | None) -> None:
 
 
 def attach_dense(x: Tensor) -> None:
-    """Let a tensor of `disabled` remember that it is whole: one that a block took or a tower gave."""
+    """Let a tensor of `disabled` remember that it is whole."""
     if not torch.compiler.is_compiling():
         setattr(x, _DENSE, True)
 
 
 def attached_dense(x: Tensor) -> bool:
-    """Whether a tensor is of `disabled`."""
+    """Whether a tensor is whole, as one of `disabled`."""
     return hasattr(x, _DENSE)
 
 
