@@ -126,6 +126,18 @@ def test_other_names_map_in_sorted_order_when_the_number_agrees(folder: Path) ->
     assert opened(folder, num_classes=3).labels == opened(folder).labels
 
 
+def test_folders_that_timm_would_number_otherwise_are_named(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    root = write(tmp_path / "set", *(f"class_{i}/0.png" for i in range(11)))
+    opened(root)  # nobody asked which class is which
+    opened(root, class_names=[f"class_{i}" for i in range(11)])
+    opened(write(tmp_path / "padded", "08/0.png", "09/0.png", "10/0.png"), num_classes=3)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"class_0, class_1, class_10.*class_0, class_1, class_2"):
+        assert opened(root, num_classes=11).labels == list(range(11))
+
+
 def test_classes_that_are_called_as_the_models_are_no_surprise(
     recwarn: pytest.WarningsRecorder,
 ) -> None:

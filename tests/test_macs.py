@@ -131,6 +131,15 @@ def test_the_reduced_count_is_what_a_counter_sees(tiny_model: nn.Module, coarse:
     assert parts.total - parts.merging == seen
 
 
+def test_a_head_that_scores_every_token_is_counted_for_each(fresh: Any) -> None:
+    model = fresh("timm-vit")
+    model.global_pool = ""
+    found = mergence.describe(mergence.apply(model, "random", keep_rate=0.7))
+    assert found.dense.head == 37 * model.head.weight.numel()
+    assert found.reduced.head == (1 + found.counts[-1]) * model.head.weight.numel()
+    assert found.reduced.total - found.reduced.merging == watched_macs(model)
+
+
 def test_adapters_cost_nothing_so_that_merging_them_changes_no_schedule(fresh: Any) -> None:
     class Adapted(nn.Module):  # as peft's
         def __init__(self, layer: nn.Linear) -> None:

@@ -87,6 +87,7 @@ def apply(
         dtype=reference.dtype,
         cost=spec.cost,
         patches=spec.patches,
+        class_token=spec.class_token and spec.cost.prefix > 0,
         coarse=spec.coarse and learned is None,
         learned=None if learned is None else learned.macs,
         notes=recipe.notes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -77,6 +78,16 @@ def match_classes(
             f"{num_classes} classes{wanted}. Use the data that the model was trained for, or name "
             "the folders as the model names its classes."
         )
+    numbered = sorted(folders, key=_by_number)
+    unnamed = class_names is None and num_classes is not None
+    if unnamed and list(folders) == sorted(folders) != numbered:
+        warnings.warn(
+            f"The class folders of '{path}' are taken in alphabetical order ({few(folders)}), as "
+            "torchvision does. timm counts by the numbers in their names "
+            f"({few(numbered)}): for a model that was trained so, top-1 means nothing. Name its "
+            "classes (`label_names` in config.json), or rename the folders with leading zeros.",
+            stacklevel=3,
+        )
     if class_names is not None:
         warnings.warn(
             f"The class folders of '{path}' ({few(folders)}) are not called as the model's "
@@ -85,6 +96,11 @@ def match_classes(
             stacklevel=3,
         )
     return folders, range(len(folders))
+
+
+def _by_number(name: str) -> list[int | str]:
+    """What timm sorts folders by: `class_2` comes before `class_10`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def balanced(labels: Sequence[int], limit: int, seed: int) -> list[int]:

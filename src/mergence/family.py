@@ -35,6 +35,8 @@ class ModelSpec:
             maps.
         coarse: Whether it can read some patches coarsely; see `mergence.coarse`.
         raster: Whether its patches are in raster order, as learned modules take them.
+        class_token: Whether the first prefix token, if there is any, is a class token, whose
+            attention says what matters; registers alone do not.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -45,6 +47,7 @@ class ModelSpec:
     classes: int
     coarse: bool = False
     raster: bool = True
+    class_token: bool = True
 
 
 class Family(ABC):

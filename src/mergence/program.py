@@ -35,6 +35,7 @@ class Program:
         dtype: The type that its weights had then.
         cost: What the model's MACs depend on.
         patches: Patches at the model's own input size.
+        class_token: Whether a class token says what matters; where not, the mean of all queries.
         coarse: Whether the schedule may read some of them coarsely where the method leaves it open.
         learned: MACs of the method's learned module as a function of tokens, or None.
         notes: What the recipe says of itself.
@@ -48,6 +49,7 @@ class Program:
     dtype: torch.dtype
     cost: ModelCost
     patches: int
+    class_token: bool
     coarse: bool = False
     learned: Callable[[int], int] | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)

@@ -134,6 +134,7 @@ class BlockStep:
             `[B, P + slots, C]` and what is known about these tokens.
         """
         method, prefix, run = self.program.method, self.program.prefix, self.program.run
+        class_token = self.program.class_token
         if not slots:
             return x[:, :prefix], carry
         if x.shape[1] != prefix + carry.tokens:
@@ -161,9 +162,9 @@ class BlockStep:
             added = row = carry.bias
             if pairs is not None:
                 added = pairs if carry.bias is None else pairs + carry.bias
-                row = added[..., :1, :] if prefix else added.mean(dim=-2, keepdim=True)
+                row = added[..., :1, :] if class_token else added.mean(dim=-2, keepdim=True)
             if "importance" in self.program.needs or run.observer is not None:
-                query = q[:, :, :1] if prefix else q.mean(dim=2, keepdim=True)
+                query = q[:, :, :1] if class_token else q.mean(dim=2, keepdim=True)
                 importance = attention_from(query, k, scale, row)[:, prefix:]
             if "keys" in method.needs:
                 keys = k[:, :, prefix:].mean(dim=1)

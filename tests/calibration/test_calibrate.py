@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -269,6 +270,19 @@ def test_wrong_arguments_are_named(
 ) -> None:
     with pytest.raises(OptionError, match=message):
         calibrate(model, batches, **arguments)
+
+
+def test_what_it_is_compared_with_has_the_options_that_were_given(
+    model: nn.Module, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def improve(best: Best, *_: Any) -> None:
+        best.method = dataclasses.replace(best.method, size_attention=0.3)
+
+    monkeypatch.setattr(Best, "improve", improve)
+    (found,) = calibrate(model, batches, budgets=[0.6], images=12, align=1).found
+    recipe = mergence.recipe.make(macs=0.6, align=1)
+    _, alone = evaluate(model, batches, {"alone": recipe}).results
+    assert found.uncalibrated == pytest.approx(alone.kl, rel=1e-4)
 
 
 @pytest.mark.slow

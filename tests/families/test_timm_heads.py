@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 import mergence
+from mergence import family
 from mergence.errors import ReducedOutputError
 
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -113,3 +115,38 @@ def test_a_late_block_called_by_itself_is_refused(small: Any) -> None:
         alone(x)
     with mergence.disabled(model):
         assert alone(x).shape == x.shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("registers", [0, 4])
+def test_without_a_class_token_the_mean_query_says_what_matters(
+    registers: int, small: Any, image: Tensor
+) -> None:
+    options = {"global_pool": "avg", "class_token": False, "reg_tokens": registers}
+    model = small("vit_tiny_patch16_224", **options)
+    calls: list[Tensor] = []
+    model.blocks[1].attn.qkv.register_forward_hook(lambda *a: calls.append(a[2]))
+    mergence.apply(model, "topk", schedule=[16, 9, 9, 9])
+    (point,) = mergence.trace(model, image).points
+    tokens, heads = 16 + registers, model.blocks[1].attn.num_heads
+    q, k, _ = calls[0].reshape(2, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    logits = q.mean(dim=2, keepdim=True) @ k.mT * model.blocks[1].attn.scale
+    expected = logits.softmax(dim=-1).mean(dim=1)[:, 0, registers:]
+    torch.testing.assert_close(point.importance, expected.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "has"),
+    [
+        ("vit_medium_patch16_reg4_gap_256", {}, False),
+        ("vit_medium_patch16_reg4_gap_256", {"use_naflex": True}, False),
+        ("vit_medium_patch16_rope_reg1_gap_256", {}, False),
+        ("vit_small_patch14_reg4_dinov2", {}, True),
+        ("eva02_tiny_patch14_224", {}, True),
+        ("beit_base_patch16_224", {}, True),
+    ],
+)
+def test_registers_alone_are_no_class_token(name: str, options: Any, has: bool) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, depth=1, **options)
+    assert family.spec_of(model).class_token == has

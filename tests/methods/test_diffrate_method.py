@@ -55,3 +55,10 @@ def test_nan_importance_leaves_first(plan_of: Any) -> None:
 def test_prune_is_a_share() -> None:
     with pytest.raises(OptionError, match="prune"):
         methods.build("diffrate", {"prune": 1.5})
+
+
+def test_a_share_of_a_hundred_is_not_rounded_down_by_the_arithmetic(plan_of: Any) -> None:
+    x, importance = torch.randn(200, 2), torch.rand(200)
+    for prune, dropped in ((0.29, 29), (0.57, 57), (0.578, 57)):
+        plan = plan_of("diffrate", 100, x, importance=importance, options={"prune": prune})
+        assert int((plan.slot == -1).sum()) == dropped

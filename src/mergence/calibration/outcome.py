@@ -24,8 +24,8 @@ class Found:
         recipe: The recipe.
         distance: Mean distance to the dense model over all images; None where the search was
             interrupted before that.
-        uncalibrated: The same for the method's own schedule at this budget; None where that cannot
-            meet it.
+        uncalibrated: The same for the method as it was given, by its own schedule for this budget;
+            None where that cannot meet it.
         trials: How many schedules and options were measured for it.
         complete: False where the search was interrupted.
         latency: The time that was asked for and that of the recipe; None for a share of the MACs.

@@ -160,10 +160,10 @@ def calibrate(
             complete = not found or found[-1].complete
             try:
                 if complete:
-                    own = _own(best, budget)
+                    own = _own(best, method, budget)
                     own = own if own is not None and _reductions(best, *own) <= points else None
                     best.improve(table, budget, points, trials, options, own)
-                    calibrated, uncalibrated = _compared(best, distance, budget, points)
+                    calibrated, uncalibrated = _compared(best, distance, method, budget, points)
                     if spent is not None:
                         start = method, counts
                         calibrated, spent = _timed(best, distance, calibrated, start, spent, time)
@@ -244,9 +244,8 @@ def _recipe(
     return Recipe(method, Counts(after=counts, of=setting.patches), setting.align, notes or {})
 
 
-def _own(best: Best, budget: float) -> tuple[Method, tuple[int, ...]] | None:
-    """The method with its own schedule for a budget, None where that is out of reach."""
-    method = best.method
+def _own(best: Best, method: Method, budget: float) -> tuple[Method, tuple[int, ...]] | None:
+    """A method with its own schedule for a budget, None where that is out of reach."""
     setting = best.prices(dataclasses.replace(method, coarse=None)).setting
     try:
         start, *counts = Macs(macs=budget, shape=method.shape).tokens(setting)
@@ -261,15 +260,21 @@ def _reductions(best: Best, method: Method, counts: tuple[int, ...]) -> int:
 
 
 def _compared(
-    best: Best, distance: Distance, budget: float, points: int
+    best: Best, distance: Distance, method: Method, budget: float, points: int
 ) -> tuple[float, float | None]:
-    """Distance on all images of the best and of the method's own schedule; keeps the better one."""
-    calibrated, own = best.probe.mean(distance, best.method, best.counts), _own(best, budget)
-    if own is None:
-        return calibrated, None
-    uncalibrated = best.probe.mean(distance, *own)
-    if uncalibrated < calibrated and _reductions(best, *own) <= points:
-        (best.method, best.counts), calibrated = own, uncalibrated
+    """Distance on all images of the best and of the method as it was given, by its own schedule.
+
+    Keeps the better one, or that schedule with the options that were found.
+    """
+    calibrated, uncalibrated = best.probe.mean(distance, best.method, best.counts), None
+    for given in dict.fromkeys((method, best.method)):
+        if (own := _own(best, given, budget)) is None:
+            continue
+        found = best.probe.mean(distance, *own)
+        if given == method:
+            uncalibrated = found
+        if found < calibrated and _reductions(best, *own) <= points:
+            (best.method, best.counts), calibrated = own, found
     return calibrated, uncalibrated
 
 

@@ -336,6 +336,9 @@ class Timm(Family):
             parts=((model, self.model_mixin), *([(embed.proj, CoarseStem)] if coarse else [])),
             classes=model.num_classes,
             coarse=coarse,
+            class_token=getattr(
+                model, "has_class_token", getattr(model, "cls_token", None) is not None
+            ),
         )
 
     def _attention_macs(self, attn: Any) -> int:
@@ -389,7 +392,7 @@ def _head_costs(model: Any) -> tuple[int, int]:
     heads = [getattr(model, name) for name in ("head", "head_dist") if hasattr(model, name)]
     once, pool = sum(map(linear_macs, heads)), getattr(model, "attn_pool", None)
     if pool is None:
-        return once, 0
+        return (once, 0) if model.global_pool else (0, once)
     pooling, per_token = pooling_costs(pool, model.embed_dim)
     return once + pooling, per_token
 
