@@ -10,8 +10,12 @@ import pytest
 import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from torchvision.models.vision_transformer import EncoderBlock
 
+import mergence
+from mergence.errors import ReducedOutputError, UnsupportedModelError
 from mergence.families import open_clip, torchvision
 from mergence.families._multihead import scale_of
 
@@ -89,3 +93,63 @@ def test_a_size_bias_is_a_mask_for_every_pair_of_tokens(kind: Any) -> None:
     torch.testing.assert_close(logits.softmax(dim=-1).mean(dim=1), own, rtol=1e-5, atol=1e-6)
     attn.register_forward_pre_hook(masked, with_kwargs=True)
     torch.testing.assert_close(second(y), block(x), rtol=1e-5, atol=1e-6)
+
+
+class Adapted(nn.Module):
+    """As peft's: it forwards to the weights that are there without what it adds."""
+
+    def __init__(self, attn: Any) -> None:
+        super().__init__()
+        self.base_layer, self.num_heads, self.head_dim = attn, attn.num_heads, attn.head_dim
+        self.in_proj_weight, self.in_proj_bias = attn.in_proj_weight, attn.in_proj_bias
+        self.out_proj, self.dropout = attn.out_proj, attn.dropout
+
+
+class OwnForward(nn.MultiheadAttention):
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return super().forward(*inputs, **options)
+
+
+def exchange(block: nn.Module, change: Any) -> None:
+    (name,) = (n for n, m in block.named_children() if isinstance(m, nn.MultiheadAttention))
+    setattr(block, name, change(getattr(block, name)))
+
+
+@pytest.mark.parametrize("other", [Adapted, lambda attn: OwnForward(24, 3)], ids=["peft", "own"])
+def test_an_attention_that_computes_something_else_since_is_refused(kind: Any, other: Any) -> None:
+    block, (first, _) = kind
+    exchange(block, other)
+    with pytest.raises(ReducedOutputError, match=r"a .*(Adapted|OwnForward) now.*merge_and_unload"):
+        first(torch.randn(4, 11, 24), None)
+
+
+def test_a_parametrized_attention_is_still_the_one_of_torch(kind: Any) -> None:
+    block, (first, second) = kind
+    block.eval()
+    attn = next(m for m in block.modules() if isinstance(m, nn.MultiheadAttention))
+    weight_norm(attn, "in_proj_weight")
+    x = torch.randn(4, 11, 24)
+    assert torch.equal(second(first(x, None)[0]), block(x))
+
+
+def test_pruned_weights_are_those_of_this_forward(kind: Any) -> None:
+    block, (first, second) = kind
+    block.eval()
+    attn = next(m for m in block.modules() if isinstance(m, nn.MultiheadAttention))
+    prune.l1_unstructured(attn, "in_proj_weight", amount=0.3)
+    prune.random_unstructured(attn, "in_proj_bias", amount=0.3)
+    x = torch.randn(4, 11, 24)
+    for _ in range(2):  # pruning sets them before each forward
+        second(first(x, None)[0]).sum().backward()
+        with torch.no_grad():
+            attn.in_proj_weight_orig.mul_(1.5)
+            attn.in_proj_bias_orig.mul_(1.5)
+    found = second(first(x, None)[0])
+    assert torch.equal(found, block(x))
+
+
+def test_one_parametrized_before_is_refused_with_what_may_have_made_it_one(fresh: Any) -> None:
+    model = fresh("torchvision-vit")
+    weight_norm(model.encoder.layers[0].self_attention, "in_proj_weight")
+    with pytest.raises(UnsupportedModelError, match=r"fully_shard or a parametrization made it"):
+        mergence.apply(model, macs=0.67)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.prune import BasePruningMethod
 
 from mergence import ops
+from mergence.errors import ReducedOutputError
+from mergence.family import qualified_names
 
 MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
 
@@ -25,7 +28,20 @@ def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
 
     Returns:
         The attention's output `[B, N, C]`, its queries and its keys `[B, H, N, D]`.
+
+    Raises:
+        ReducedOutputError: The module is not torch's any more.
     """
+    if type(attn).forward is not nn.MultiheadAttention.forward:
+        raise ReducedOutputError(
+            f"An attention is a {qualified_names(type(attn))[0]} now, and mergence computes with "
+            f"the weights of a {MULTIHEAD}: what this one adds, such as adapters, would be left "
+            "out. Merge adapters into the weights first (peft: merge_and_unload), or use "
+            "mergence.disabled(model)."
+        )
+    for hook in attn._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):  # it sets weights before each forward
+            hook(attn, (x, x, x))
     batch, tokens, width = x.shape
     heads = attn.num_heads
     # Tokens first, as torch has them: another layout would be multiplied in another order.
