@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 import mergence
@@ -163,6 +165,40 @@ def test_adapters_cost_nothing_so_that_merging_them_changes_no_schedule(fresh: A
         block.attn.qkv = Adapted(block.attn.qkv)
     adapted = mergence.describe(mergence.apply(model, macs=0.6))
     assert (adapted.counts, adapted.dense) == (plain.counts, plain.dense)
+
+
+def test_a_part_trained_beside_the_original_costs_what_that_does() -> None:
+    class Both(nn.Module):  # as peft's modules_to_save
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__()
+            self.original_module = layer
+            self.modules_to_save = nn.ModuleDict({"default": deepcopy(layer)})
+
+    assert linear_macs(Both(nn.Linear(4, 8))) == linear_macs(Both(Both(nn.Linear(4, 8)))) == 4 * 8
+
+
+@pytest.mark.filterwarnings("ignore")  # torch means to take the older ones away
+@pytest.mark.parametrize(
+    "normed",
+    [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm],
+    ids=["weight_norm", "spectral_norm", "old weight_norm"],
+)
+def test_what_a_weight_is_made_of_costs_nothing(normed: Any) -> None:
+    assert linear_macs(normed(nn.Linear(4, 8))) == 4 * 8
+    attn = nn.MultiheadAttention(8, 2)
+    normed(attn.out_proj)
+    assert linear_macs(attn) == 4 * 8 * 8
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "timm_eva-eva02", "timm_beit-beit"])
+def test_a_projection_that_does_not_note_its_size_costs_what_is_in_it(
+    name: str, fresh: Any
+) -> None:
+    model = fresh(name)
+    dense = mergence.describe(mergence.apply(model, macs=0.6)).dense
+    for block in mergence.remove(model).blocks:
+        block.attn.proj = nn.Sequential(block.attn.proj)  # as adapters by hand
+    assert mergence.describe(mergence.apply(model, macs=0.6)).dense == dense
 
 
 @pytest.mark.parametrize("macs", [None, -1, float("nan")])

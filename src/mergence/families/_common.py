@@ -118,7 +118,7 @@ def require_class(
         compiled = isinstance(module, torch._dynamo.OptimizedModule)
         hint = " Apply before torch.compile." if compiled else ""
         if set(bases) & set(allowed):
-            hint = " If fully_shard made it one, apply before that."
+            hint = " If fully_shard or a parametrization made it one, apply before that."
         raise UnsupportedModelError(
             f"{what} is a {found}; mergence restates the forward of {' or '.join(allowed)} and "
             f"would compute something else.{hint} Known: {supported}."
@@ -199,18 +199,18 @@ def unwatched(blocks: Any, *after: nn.Module) -> bool:
 def linear_macs(module: Any) -> int:
     """Multiply-adds of a module's linear layers for one token.
 
-    A linear layer has one for each weight, also where quantization has packed its weights into
-    something else than a parameter of that shape, and without the adapters around it, which are
-    merged into it later. `nn.MultiheadAttention` keeps the weights of three in one parameter of
-    its own.
+    A linear layer has one for each weight, also where quantization has packed its weights or a
+    parametrization has split them into something else than a parameter of that shape, and without
+    the adapters around it, which are merged into it later. `nn.MultiheadAttention` keeps the
+    weights of three in one parameter of its own.
     """
-    if hasattr(module, "base_layer"):  # as peft calls what an adapter is around
-        return linear_macs(module.base_layer)
+    for name in ("base_layer", "original_module"):  # as peft calls what it is around
+        if hasattr(module, name):
+            return linear_macs(getattr(module, name))
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.in_features * module.out_features)
     macs: int = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
-    macs += sum(map(linear_macs, module.children()))
-    if macs == 0 and hasattr(module, "out_features"):
-        macs = module.in_features * module.out_features
-    return macs
+    return macs + sum(map(linear_macs, module.children()))
 
 
 def mean_by_size(x: Tensor, size: Tensor) -> Tensor:

@@ -310,18 +310,19 @@ class Timm(Family):
             embed.proj, embed.grid_size
         )
         head, per_token = _head_costs(model)
+        head_dim = round(blocks[0].attn.scale ** -2)  # not all note it, and projections are wrapped
         cost = ModelCost(
             blocks=tuple(
                 BlockCost(
                     attention=self._attention_macs(b.attn),
                     mlp=linear_macs(b.mlp),
-                    width=b.attn.proj.in_features,
+                    width=b.attn.num_heads * head_dim,
                 )
                 for b in blocks
             ),
             prefix=model.num_prefix_tokens,
             dim=model.embed_dim,
-            head_dim=blocks[0].attn.proj.in_features // blocks[0].attn.num_heads,
+            head_dim=head_dim,
             stem=embed.proj.weight.numel(),
             head=head,
             head_per_token=per_token,
