@@ -240,12 +240,18 @@ class Program:
         # Channels last in memory, so that what compares the two goes along it.
         self.run.readings = fine.flatten(2).transpose(1, 2).contiguous(), half.contiguous()
 
-    def coarsened(self, x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def coarsened(
+        self,
+        x: Tensor,
+        norm: Callable[[Tensor], Tensor] | None = None,
+        stem: nn.Module | None = None,
+    ) -> Tensor:
         """Join the patches that are read coarsely, before the first block.
 
         Args:
             x: `[B, P + N, C]` prefix and patch tokens, with positions.
             norm: What the model does to the embedding of a patch before it adds its position.
+            stem: What embeds its patches now, to check that it is still the module that `read`.
 
         Returns:
             `[B, P + n, C]`: tokens of one patch or of four. Their books are in the run.
@@ -256,11 +262,13 @@ class Program:
         run, regions = self.run, self._coarse_regions(x.shape[1] - self.prefix)
         if not regions:
             return x
-        if run.readings is None or run.grid is None or (known := run.known()) is None:
+        known = run.known()
+        same = stem is None or surgery.is_swapped(stem)
+        if run.readings is None or run.grid is None or known is None or not same:
             raise ReducedOutputError(
-                "Some patches are to be read coarsely, and the images did not pass the patch "
-                "embedding that the model had when mergence was applied. If the model's was "
-                "exchanged since, apply again."
+                "Some patches are to be read coarsely, and what embeds the images is not the patch "
+                "embedding that the model had when mergence was applied. If adapters were put "
+                "around it or the model's was exchanged since, apply again."
             )
         fine, half = run.readings if norm is None else map(norm, run.readings)
         run.readings = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mergence
 from mergence import family
@@ -143,6 +143,33 @@ def test_a_folder_keeps_the_share(fresh: Any, image: Tensor, tmp_path: Path) -> 
     loaded = mergence.load(tmp_path)
     assert mergence.recipe_of(loaded) == mergence.recipe_of(model)
     assert torch.equal(answer(loaded(image)), answer(model(image)))
+
+
+def test_adapters_around_a_patch_embedding_are_not_left_out(fresh: Any, image: Tensor) -> None:
+    class Adapted(nn.Module):  # as peft's
+        def __init__(self, layer: nn.Conv2d) -> None:
+            super().__init__()
+            self.base_layer, self.weight = layer, layer.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = 2 * self.base_layer(x)
+            return y
+
+    model = mergence.apply(fresh("timm-vit"), **OPTIONS)
+    model.patch_embed.proj = Adapted(model.patch_embed.proj)
+    with pytest.raises(ReducedOutputError, match=r"adapters were put around it .* apply again"):
+        model(image)
+    with mergence.disabled(model):
+        model(image)
+    mergence.apply(model, macs=0.4)  # reads nothing coarsely any more
+    assert mergence.describe(model).start == 36
+    found = model(image)
+    mergence.remove(model)
+    with torch.no_grad():
+        model.patch_embed.proj = model.patch_embed.proj.base_layer
+        for parameter in model.patch_embed.proj.parameters():
+            parameter.mul_(2)
+    torch.testing.assert_close(found, mergence.apply(model, macs=0.4, coarse=0)(image))
 
 
 def test_spectrograms_whose_patches_do_not_overlap_can_be_read_coarsely() -> None:

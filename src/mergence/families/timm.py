@@ -259,7 +259,8 @@ class ReducedViT(ReducedModel):
     def _pos_embed(self: Any, x: Tensor) -> Any:
         """The tokens with their positions, some of them read coarsely."""
         dense: Any = super(ReducedViT, self)
-        return self._mergence.coarsened(dense._pos_embed(x), self.patch_embed.norm)
+        embed = self.patch_embed
+        return self._mergence.coarsened(dense._pos_embed(x), embed.norm, embed.proj)
 
 
 class Timm(Family):
