@@ -39,6 +39,7 @@ _VIT = "timm.models.vision_transformer."
 _ATTENTION = "timm.layers.attention.Attention"
 _POOL = "timm.layers.attention_pool.AttentionPoolLatent"
 _EMBED = "timm.layers.patch_embed.PatchEmbed"
+_TINY = {"embed_dim": 48, "depth": 6, "num_heads": 3, "img_size": 96, "patch_size": 16}
 
 
 def attention(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -367,14 +368,7 @@ class Timm(Family):
             def build() -> nn.Module:
                 import timm
 
-                size = {
-                    "embed_dim": 48,
-                    "depth": 6,
-                    "num_heads": 3,
-                    "img_size": 96,
-                    "patch_size": 16,
-                }
-                model: nn.Module = timm.create_model(architecture, **options, **size)
+                model: nn.Module = timm.create_model(architecture, **options, **_TINY)
                 return randomised(model).eval()
 
             return build
