@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -217,34 +217,64 @@ def describe(model: nn.Module) -> Description:
 
 
 _READ = "patch tokens", "the class token alone"
+_AGAIN = "Apply again: mergence.apply(model, mergence.recipe_of(model))."
+
+_WRAPPERS = "torch.distributed.", "torch._dynamo.", "torch.nn.utils.parametrize.", "peft."
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    """Whether others put something around parts of a model that is still the one inside."""
+    return any(
+        hasattr(module, "_hf_hook")  # accelerate's, which covers forwards
+        or any(name.startswith(_WRAPPERS) for name in families.qualified_names(type(module)))
+        for module in model.modules()
+    )
 
 
 def _check_unchanged(model: nn.Module, program: Program) -> None:
-    with suppress(UnsupportedModelError):  # wrapped since, as by fully_shard
-        spec = families.spec_of(model)
-        alone, then_alone = spec.cost.prefix_alone, program.cost.prefix_alone
-        # A tower by itself has no head, and its tokens were for that of the model around it.
-        reads = alone if spec.classes else then_alone
-        for now, then, what in (
-            (spec.patches, program.patches, "patches"),
-            (len(spec.blocks), program.depth, "blocks"),
-            (_READ[reads], _READ[then_alone], "for its head to read"),
-        ):
-            if now != then:
-                raise MergenceError(
-                    f"This {surgery.original_class(model).__name__} has {now} {what} and had "
-                    f"{then} when it was reduced. Apply again: "
-                    "mergence.apply(model, mergence.recipe_of(model))."
-                )
-        cost = program.cost
-        if not spec.classes:
-            cost = replace(cost, head=spec.cost.head, head_per_token=spec.cost.head_per_token)
-        if replace(spec.cost, prefix_alone=then_alone) != cost:
+    this = surgery.original_class(model).__name__
+    try:
+        _check_counts(families.spec_of(model), program, this)
+    except UnsupportedModelError as error:
+        if not _is_wrapped(model):
             raise MergenceError(
-                f"A layer of this {surgery.original_class(model).__name__}, such as its head, has "
-                "another size than when it was reduced, and its MACs are counted for that. Apply "
-                "again: mergence.apply(model, mergence.recipe_of(model))."
+                f"This {this} was changed since it was reduced, and is not one that can be any "
+                f"more: {error}"
+            ) from error
+    steps = [step for step in map(surgery.attachment, model.modules()) if _is_of(step, program)]
+    for index in range(program.depth):
+        if [step.index for step in steps[index : index + 1]] != [index]:
+            raise MergenceError(
+                f"Block {index + 1} of this {this} is not the one that was reduced with it: it was "
+                f"exchanged since, or reduced or restored through another model. {_AGAIN}"
             )
+
+
+def _is_of(step: object, program: Program) -> bool:
+    return isinstance(step, BlockStep) and step.program is program
+
+
+def _check_counts(spec: ModelSpec, program: Program, this: str) -> None:
+    alone, then_alone = spec.cost.prefix_alone, program.cost.prefix_alone
+    # A tower by itself has no head, and its tokens were for that of the model around it.
+    reads = alone if spec.classes else then_alone
+    for now, then, what in (
+        (spec.patches, program.patches, "patches"),
+        (len(spec.blocks), program.depth, "blocks"),
+        (_READ[reads], _READ[then_alone], "for its head to read"),
+    ):
+        if now != then:
+            raise MergenceError(
+                f"This {this} has {now} {what} and had {then} when it was reduced. {_AGAIN}"
+            )
+    cost = program.cost
+    if not spec.classes:
+        cost = replace(cost, head=spec.cost.head, head_per_token=spec.cost.head_per_token)
+    if replace(spec.cost, prefix_alone=then_alone) != cost:
+        raise MergenceError(
+            f"A layer of this {this}, such as its head, has another size than when it was reduced, "
+            f"and its MACs are counted for that. {_AGAIN}"
+        )
 
 
 def _check_places(method: Method, spec: ModelSpec, learned: nn.Module | None) -> None:

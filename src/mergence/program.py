@@ -319,6 +319,26 @@ def program_of(model: nn.Module) -> Program:
     return program
 
 
+def require_own(program: Program, parent: nn.Module) -> None:
+    """Check that what is reduced directly in a module is reduced by this program.
+
+    Raises:
+        ReducedOutputError: It is by another, whose run would know nothing of this one's.
+    """
+    if program.run.disabled:
+        return
+    for name, part in parent._modules.items():
+        held = getattr(part, surgery.ATTACHMENT, None)
+        if held is not None and getattr(held, "program", held) is not program:
+            raise ReducedOutputError(
+                f"The '{name}' of this {surgery.original_class(parent).__name__} is reduced, but "
+                "not together with the model around it: it was copied by itself, as peft's "
+                "modules_to_save does, or it is shared and was reduced since through another "
+                "model. Apply to this model again: "
+                "mergence.apply(model, mergence.recipe_of(model))."
+            )
+
+
 def require_images_alone(model: nn.Module) -> None:
     """Refuse a model whose forward takes something else before images, such as text.
 

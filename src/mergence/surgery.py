@@ -8,9 +8,9 @@ by naming base and mixin, because it cannot be imported itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, update_wrapper
-from inspect import signature
+from inspect import signature, unwrap
 from types import FunctionType
 from typing import Any
 
@@ -63,13 +63,26 @@ def is_covered(module: nn.Module) -> bool:
     return found is not None and function is not type(module).forward
 
 
+def _covered_methods(module: nn.Module) -> Iterator[str]:
+    """What is mixed into a module and was covered on it since, by something that calls it."""
+    mixin = vars(type(module))["_mergence_mixin"]
+    if _defines_forward(mixin) and is_covered(module):
+        yield "forward"
+    for name, found in vars(module).items():
+        method = getattr(mixin, name, None)
+        # One that was set before mergence was applied calls the library's.
+        if name != "forward" and method and getattr(unwrap(found), "__func__", None) is method:
+            yield name
+
+
 def covered_error(what: str) -> UnsupportedModelError:
     """The error for a module whose own forward is not the one that mergence knows."""
     return UnsupportedModelError(
         f"The forward of {what} was covered on the module itself, as accelerate's hooks "
-        "(device_map, cpu_offload) and mixed precision do, and mergence would not call what it "
-        "does. Apply before that (load on one device, mergence.apply, accelerate.dispatch_model), "
-        f"or after {_UNWRAP}."
+        "(device_map, cpu_offload), mixed precision and torch.compile(model.forward) do, and "
+        "mergence would not call what it does. Apply before that (load on one device, "
+        f"mergence.apply, accelerate.dispatch_model), or after {_UNWRAP}. To compile, call "
+        "model.compile() instead, or torch.compile(model) after mergence.apply."
     )
 
 
@@ -178,12 +191,12 @@ def _swapped(model: nn.Module) -> list[nn.Module]:
                 "parametrizations do, and cannot be set back. Undo that before, or begin with "
                 "mergence; mergence.disabled(model) still runs the dense model."
             )
-        if _defines_forward(vars(type(module))["_mergence_mixin"]) and is_covered(module):
+        for method in _covered_methods(module):
             raise MergenceError(
-                f"The forward of {what}, a {type(module).__name__}, was covered after mergence was "
-                "applied, as accelerate's hooks and mixed precision do, and would call what "
-                f"mergence takes away. Undo that before, by {_UNWRAP}; "
-                "mergence.disabled(model) still runs the dense model."
+                f"The {method} of {what}, a {type(module).__name__}, was covered after mergence "
+                "was applied, as accelerate's hooks, mixed precision and torch.compile of a method "
+                f"do, and would call what mergence takes away. Undo that before, by {_UNWRAP}, or "
+                f"by `del` of its {method}; mergence.disabled(model) still runs the dense model."
             )
     return list(found.values())
 

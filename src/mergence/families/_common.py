@@ -13,7 +13,7 @@ from mergence.family import qualified_names
 from mergence.macs import BlockCost
 from mergence.state import Carry
 from mergence.step import BlockStep
-from mergence.surgery import LEARNED, covered_error, is_covered, original_class
+from mergence.surgery import ATTACHMENT, LEARNED, covered_error, is_covered, original_class
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -183,14 +183,18 @@ def same_library(model: nn.Module, block: nn.Module) -> bool:
 
 
 def unwatched(blocks: Any, *after: nn.Module) -> bool:
-    """Whether no hook reads the tokens of a model's last block, in it or behind it.
+    """Whether the last block is the one that was reduced as that, and no hook reads its tokens.
 
-    Those before a part of the block do not count: pruning and weight norms set weights there.
+    Neither in it nor behind it. Those before a part of the block do not count: pruning and weight
+    norms set weights there.
 
     Args:
         blocks: The blocks, in their container.
         *after: What the tokens pass then, before the head.
     """
+    step = getattr(blocks[-1], ATTACHMENT, None)
+    if not isinstance(step, BlockStep) or step.index + 1 != step.program.depth:
+        return False  # another was put behind it
     modules = (blocks, *blocks[-1].modules(), *after)
     hooks = [getattr(module, readers) for module in modules for readers in _READERS]
     return not any([*hooks, *(module._forward_pre_hooks for module in after)])

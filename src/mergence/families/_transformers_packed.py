@@ -18,7 +18,7 @@ from mergence.families._common import reduced_forward
 from mergence.families._transformers_blocks import attend, scale_of
 from mergence.families._transformers_towers import refuse_attentions, require_additive
 from mergence.families._windows import Windows
-from mergence.program import Program
+from mergence.program import Program, require_own
 from mergence.restoring import restored
 from mergence.state import Carry, attach, attached
 from mergence.step import BlockStep
@@ -45,6 +45,7 @@ class ReducedPackedTower:
         run = program.run
         if run.disabled:
             return dense.forward(hidden_states, grid_thw, **options)
+        require_own(program, self.blocks)
         require_additive(self.config, ReducedOutputError)
         refuse_attentions(self.config, options)
         batches = list(_batches(grid_thw))

@@ -15,9 +15,9 @@ from mergence.families._common import refuse_mask, refuse_padding, unwatched
 from mergence.families._transformers import TOWERS, entry
 from mergence.families._transformers_releases import path_of_blocks
 from mergence.family import qualified_names
-from mergence.program import Program
+from mergence.program import Program, require_own
 from mergence.restoring import restored
-from mergence.state import Carry, Head, Run, attach, attach_dense
+from mergence.state import Carry, Head, attach, attach_dense
 
 _ADDITIVE = ("sdpa", "eager")
 
@@ -60,13 +60,13 @@ class ReducedTower:
         states = options.get("output_hidden_states", self.config.output_hidden_states)
         every_patch = states or not self._mergence_pooled
         kind: Any = entry(TOWERS, self)
+        blocks = self.get_submodule(path_of_blocks(kind, self))
+        require_own(program, blocks)
         alone = (
             program.cost.prefix_alone
             and run.head == "prefix"
             and not states
-            and unwatched(
-                self.get_submodule(path_of_blocks(kind, self)), getattr(self, kind.norm), self
-            )
+            and unwatched(blocks, getattr(self, kind.norm), self)
         )
         with run.forward((rows, columns), every_patch=every_patch, prefix_alone=alone):
             outputs = dense.forward(*inputs, **options)
@@ -212,8 +212,9 @@ class ReducedClassifier:
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
         """The model's forward, in which the tower knows what becomes of its tokens."""
         dense: Any = super(ReducedClassifier, self)
-        run: Run = self._mergence.run
-        with run.under(self._mergence_head):
+        program: Program = self._mergence
+        require_own(program, self)
+        with program.run.under(self._mergence_head):
             return dense.forward(*inputs, **options)
 
 

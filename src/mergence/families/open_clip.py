@@ -32,7 +32,7 @@ from mergence.families._common import (
 from mergence.families._multihead import MULTIHEAD, attention, scale_of
 from mergence.family import Family, ModelSpec, qualified_names
 from mergence.macs import ModelCost
-from mergence.program import Program
+from mergence.program import Program, require_own
 from mergence.restoring import as_it_is, restored
 from mergence.state import Run
 from mergence.step import BlockStep
@@ -153,6 +153,7 @@ class ReducedPool:
 def _run(tower: Any, image: Tensor, *, every_patch: bool = False) -> AbstractContextManager[Run]:
     height, width = tower.patch_size
     program: Program = tower._mergence
+    require_own(program, tower.transformer.resblocks)
     grid = image.shape[-2] // height, image.shape[-1] // width
     alone = (
         not every_patch

@@ -30,7 +30,7 @@ from mergence.families._common import (
 from mergence.families._timm_refused import REFUSED
 from mergence.family import Family, ModelSpec
 from mergence.macs import BlockCost, ModelCost
-from mergence.program import Program
+from mergence.program import Program, require_own
 from mergence.restoring import as_it_is, restored
 from mergence.state import Run, attach, attached
 from mergence.step import BlockStep
@@ -127,6 +127,7 @@ class ReducedTrunk:
         rows, columns = map(int, embed.dynamic_feat_size(image.shape[-2:]))
         program: Program = self._mergence
         if not program.run.disabled:
+            require_own(program, self.blocks)
             program.tokens(rows * columns)  # refuses a size at which it cannot be followed
         alone = (
             not every_patch

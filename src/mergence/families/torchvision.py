@@ -24,7 +24,7 @@ from mergence.families._common import (
 from mergence.families._multihead import MULTIHEAD, attention, scale_of
 from mergence.family import Family, ModelSpec
 from mergence.macs import ModelCost
-from mergence.program import Program
+from mergence.program import Program, require_own
 from mergence.step import BlockStep
 
 _VIT = "torchvision.models.vision_transformer."
@@ -69,6 +69,7 @@ class ReducedModel:
         """The model's forward, as one run."""
         dense: Any = super(ReducedModel, self)
         program: Program = self._mergence
+        require_own(program, self.encoder.layers)
         grid = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
         alone = program.cost.prefix_alone and unwatched(
             self.encoder.layers, self.encoder.ln, self.encoder

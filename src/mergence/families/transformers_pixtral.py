@@ -32,7 +32,7 @@ from mergence.families._transformers_towers import (
 )
 from mergence.family import Family, ModelSpec
 from mergence.macs import ModelCost
-from mergence.program import Program
+from mergence.program import Program, require_own
 from mergence.restoring import restored
 from mergence.state import Carry
 
@@ -102,6 +102,7 @@ class ReducedPixtral:
         run = program.run
         if run.disabled:
             return dense.forward(pixel_values, image_sizes, **options)
+        require_own(program, self.transformer.layers)
         require_additive(self.config, ReducedOutputError)
         refuse_attentions(self.config, options)
         if image_sizes is None:

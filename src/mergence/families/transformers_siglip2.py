@@ -37,7 +37,7 @@ from mergence.families._transformers_towers import (
 )
 from mergence.family import Family, ModelSpec
 from mergence.macs import ModelCost
-from mergence.program import Program
+from mergence.program import Program, require_own
 from mergence.restoring import restored
 from mergence.state import Carry
 
@@ -68,6 +68,7 @@ class ReducedTower:
         run = program.run
         if run.disabled or spatial_shapes is None:  # without grids the library says what is missing
             return dense.forward(pixel_values, pixel_attention_mask, spatial_shapes, **options)
+        require_own(program, self.encoder.layers)
         require_additive(self.config, ReducedOutputError)
         refuse_attentions(self.config, options)
         spatial_shapes = torch.as_tensor(spatial_shapes)

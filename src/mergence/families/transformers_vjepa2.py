@@ -38,7 +38,7 @@ from mergence.families._transformers_towers import (
 )
 from mergence.family import Family, ModelSpec
 from mergence.macs import ModelCost
-from mergence.program import Program
+from mergence.program import Program, require_own
 from mergence.state import Carry, attach, attached
 from mergence.step import BlockStep
 
@@ -134,7 +134,9 @@ class ReducedClassifier(ReducedVJEPA2):
 
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
         """The model's forward, as one run."""
-        with self._mergence.run.under("sized"):
+        program: Program = self._mergence
+        require_own(program, self)
+        with program.run.under("sized"):
             return super().forward(*inputs, **options)
 
 
@@ -147,8 +149,10 @@ class ReducedEncoder:
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
         """The encoder's forward, with a token for every patch."""
         dense: Any = super(ReducedEncoder, self)
+        program: Program = self._mergence
+        require_own(program, self.layer)
         outputs = dense.forward(*inputs, **options)
-        run = self._mergence.run
+        run = program.run
         known = run.known_after(self.layernorm)
         if not run.disabled and run.head is None:
             outputs.last_hidden_state = with_every_patch(outputs.last_hidden_state, known, prefix=0)
