@@ -57,6 +57,14 @@ def _seeded() -> None:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """What was compiled before, and what failed then and is not tried again, has no effect."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def disk_with_room_for() -> Callable[[int], AbstractContextManager[None]]:
     """Files cannot grow beyond so many bytes: writing fails midway, as on a full disk."""
 

@@ -16,6 +16,8 @@ from mergence.errors import MergenceError, ReducedOutputError, UnsupportedModelE
 
 X = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 
 def tiny(name: str, kind: str) -> Any:
     return family.registry()[name].tiny()[kind]()

@@ -36,15 +36,16 @@ def test_a_run_is_reset_when_the_forward_raises() -> None:
     assert (run.active, run.carry, run.grid) == (False, None, None)
 
 
-def test_inner_calls_join_the_outer_run() -> None:
+def test_inner_calls_join_the_outer_run_and_begin_anew_with_their_image() -> None:
     run = Run()
-    with run.forward((2, 2)):
-        run.carry = carry = Carry(patches=4)
-        with run.forward((9, 9)):
-            assert run.carry is carry
-            assert run.grid == (2, 2)
+    with run.forward((2, 2), every_patch=True):
+        run.carry = Carry(patches=4)
+        with run.forward((9, 9), prefix_alone=True):
+            assert run.known() == Carry(patches=81, grid=(9, 9), every_patch=True)
+            run.carry = carry = Carry(patches=81)
         assert run.active
-        assert run.carry is carry
+        assert run.carry is carry  # for the head
+    assert (run.active, run.carry, run.grid) == (False, None, None)
 
 
 def test_each_thread_has_its_own_run() -> None:
