@@ -241,17 +241,17 @@ def _check_unchanged(model: nn.Module, program: Program) -> None:
                 f"This {this} was changed since it was reduced, and is not one that can be any "
                 f"more: {error}"
             ) from error
-    steps = [step for step in map(surgery.attachment, model.modules()) if _is_of(step, program)]
+    own = [
+        step.index
+        for step in map(surgery.attachment, model.modules())
+        if isinstance(step, BlockStep) and step.program is program
+    ]
     for index in range(program.depth):
-        if [step.index for step in steps[index : index + 1]] != [index]:
+        if own[index : index + 1] != [index]:
             raise MergenceError(
                 f"Block {index + 1} of this {this} is not the one that was reduced with it: it was "
                 f"exchanged since, or reduced or restored through another model. {_AGAIN}"
             )
-
-
-def _is_of(step: object, program: Program) -> bool:
-    return isinstance(step, BlockStep) and step.program is program
 
 
 def _check_counts(spec: ModelSpec, program: Program, this: str) -> None:

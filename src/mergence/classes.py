@@ -78,16 +78,6 @@ def match_classes(
             f"{num_classes} classes{wanted}. Use the data that the model was trained for, or name "
             "the folders as the model names its classes."
         )
-    numbered = sorted(folders, key=_by_number)
-    unnamed = class_names is None and num_classes is not None
-    if unnamed and list(folders) == sorted(folders) != numbered:
-        warnings.warn(
-            f"The class folders of '{path}' are taken in alphabetical order ({few(folders)}), as "
-            "torchvision does. timm counts by the numbers in their names "
-            f"({few(numbered)}): for a model that was trained so, top-1 means nothing. Name its "
-            "classes (`label_names` in config.json), or rename the folders with leading zeros.",
-            stacklevel=3,
-        )
     if class_names is not None:
         warnings.warn(
             f"The class folders of '{path}' ({few(folders)}) are not called as the model's "
@@ -95,6 +85,17 @@ def match_classes(
             "that is not the order of the model's outputs, top-1 means nothing.",
             stacklevel=3,
         )
+    elif num_classes is not None and list(folders) == sorted(folders):
+        numbered = sorted(folders, key=_by_number)
+        if numbered != list(folders):
+            warnings.warn(
+                f"The class folders of '{path}' are taken in alphabetical order ({few(folders)}), "
+                "as torchvision does. timm counts by the numbers in their names "
+                f"({few(numbered)}): for a model that was trained so, top-1 means nothing. Name "
+                "its classes (`label_names` in config.json), or rename the folders with leading "
+                "zeros.",
+                stacklevel=3,
+            )
     return folders, range(len(folders))
 
 

@@ -203,12 +203,13 @@ class Run:
             every_patch: Whether what it gives out may be asked for a value for every patch.
             prefix_alone: Whether what it gives out is made of the prefix tokens alone.
         """
-        if self.active:
-            self.carry, self.grid, self.readings, self.last = None, grid, None, None
+        joins = self.active
+        self.active, self.carry, self.grid = True, None, grid
+        self.readings, self.last = None, None
+        if joins:
             yield self  # and leaves what is known of its tokens to the head
             return
-        self.active, self.carry, self.grid, self.readings = True, None, grid, None
-        self.every_patch, self.last = every_patch, None
+        self.every_patch = every_patch
         self.prefix_alone = prefix_alone and self.observer is None
         if self.observer is not None:
             self.observer.grid = grid
