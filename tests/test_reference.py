@@ -26,7 +26,7 @@ pytestmark = [
 
 def test_the_default_method_stays_closest_to_a_real_dense_model() -> None:
     loaded = load_model(f"local-dir:{MODEL}")
-    data = open_images(IMAGES, transform=loaded.transform, class_names=loaded.label_names, limit=60)
+    data = open_images(IMAGES, transform=loaded.transform, class_names=loaded.label_names, limit=30)
     recipes = {name: make(name, macs=0.67) for name in ("mergence", "tome", "evit")}
     rows = {r.name: r for r in evaluate(loaded.model, loader(data, batch_size=30), recipes).results}
     assert (rows["dense"].top1 or 0) > 65

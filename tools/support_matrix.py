@@ -17,8 +17,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "families" / "README.md"
 LIBRARIES = ("timm", "transformers", "torchvision", "open_clip_torch", "torch")
 # NumPy below 2.4 is for the interpreter of that Triton, which only tests use.
 OTHERS = (
-    "once also with torch 2.15.0 (torchvision 0.29.2) and 2.9.1 (0.24.1, NumPy below 2.4), the "
-    "latter also with timm 1.0.20; transformers also 4.57.6, 5.2.0, 5.8.1 and 5.17.0"
+    "once also with torch 2.15.0 (torchvision 0.29.2) and 2.9.1 (0.24.1, NumPy below 2.4); "
+    "transformers also 4.57.6, 5.2.0, 5.8.1 and 5.17.0"
 )
 CHECKPOINTING = ("set_grad_checkpointing", "gradient_checkpointing_enable")
 

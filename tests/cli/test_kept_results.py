@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -134,14 +135,21 @@ def test_an_interrupt_is_told(
     assert capsys.readouterr().err.strip() == "Interrupted."
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("--nothing", "No such option:? '?--nothing"), (None, "Missing argument 'MODEL'")],
+)
 def test_a_wrong_use_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    given: str | None,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["mergence", "eval", "--nothing"])
+    monkeypatch.setattr(sys, "argv", ["mergence", "eval", *([given] if given else [])])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    assert "No such option: --nothing" in capsys.readouterr().err
+    assert re.search(told, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("drawing", [True, False])

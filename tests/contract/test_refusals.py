@@ -44,16 +44,16 @@ def test_an_unknown_model_is_refused_with_what_was_found_and_what_is_known(
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("old", ["1.0.19", "1.0.20.dev0", "0.9.16"])
+@pytest.mark.parametrize("old", ["1.0.20", "1.0.21.dev0", "0.9.16"])
 def test_an_older_release_of_a_library_is_refused_before_anything_is_changed(
     old: str, vit: nn.Module, snapshot: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(vit)
     monkeypatch.setattr(timm, "__version__", old)
-    with pytest.raises(UnsupportedModelError, match=rf"timm {old}.*timm 1\.0\.20 and newer"):
+    with pytest.raises(UnsupportedModelError, match=rf"timm {old}.*timm 1\.0\.21 and newer"):
         mergence.apply(vit, macs=0.67)
     assert snapshot(vit) == before
-    monkeypatch.setattr(timm, "__version__", "1.0.20")
+    monkeypatch.setattr(timm, "__version__", "1.0.21")
     mergence.apply(vit, macs=0.67)
 
 

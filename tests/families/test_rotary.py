@@ -75,7 +75,7 @@ def test_the_restated_block_is_bit_identical(
 
 
 def test_attentions_of_older_releases_are_read_too(kind: Any) -> None:
-    """timm 1.0.20 to 1.0.26: neither a gate nor a width of the heads to look up."""
+    """timm 1.0.21 to 1.0.26: neither a gate nor a width of the heads to look up."""
     block, rope = kind
     x = torch.randn(4, block.attn.num_prefix_tokens + 16, 48)
     expected = block.eval()(x, rope=rope)

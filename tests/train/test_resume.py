@@ -201,10 +201,10 @@ def test_kill_9_at_any_moment_costs_nothing(
     settings = config(**EVERYTHING)
     draw = random.Random(0)
     # In the middle of a write: a checkpoint is five files and folders to flush.
-    codes = [live(settings, die_after=calls) for calls in (1, 2, 3, 4, 5, 8)]
+    codes = [live(settings, die_after=calls) for calls in (1, 2, 4, 7)]
     partial = list((tmp_path / "run" / "checkpoints").glob("*.partial"))
-    codes += [live(settings, kill_after=draw.uniform(0, 0.15)) for _ in range(5)]
-    assert codes[:6] == [-signal.SIGKILL] * 6
+    codes += [live(settings, kill_after=draw.uniform(0, 0.15)) for _ in range(2)]
+    assert codes[:4] == [-signal.SIGKILL] * 4
     assert partial, "no kill left a partial checkpoint behind"
     assert live(settings) == 0
     assert results(tmp_path / "run") == uninterrupted

@@ -1,6 +1,6 @@
 """The blocks of transformers' Vision Transformers, restated.
 
-Written against transformers 5.23; 4.57 is the oldest of which the tests pass.
+Written against transformers 5.23; 4.57 is the oldest that works.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """timm's plain Vision Transformers: ViT, DeiT, DeiT-3, DINOv2, CLIP and SigLIP image towers.
 
-Written against timm 1.0.31; 1.0.20 is the oldest of which the tests pass.
+Written against timm 1.0.31; 1.0.21 is the oldest that works.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ class Timm(Family):
         "registers, CLIP and SigLIP image towers"
     )
     refused: ClassVar[Mapping[str, str]] = REFUSED
-    oldest: ClassVar[str] = "1.0.20"
+    oldest: ClassVar[str] = "1.0.21"
     block: ClassVar[tuple[str, ...]] = (_VIT + "Block",)
     attention: ClassVar[tuple[str, ...]] = (_ATTENTION,)
     embed: ClassVar[tuple[str, ...]] = (_EMBED,)

@@ -274,10 +274,12 @@ class Run:
         ]
         try:
             set_model_state_dict(self.model, dict(state.model), options=_whole())
-            # Not strictly: parameters that no forward uses have no state.
-            set_optimizer_state_dict(
-                self.model, optimizer, saved["optimizer"], options=_whole(strict=False)
-            )
+            # Parameters that no forward uses have no state, which torch 2.9 misses by their names.
+            kept = saved["optimizer"]
+            for group in kept["param_groups"]:
+                for name in group["params"]:
+                    kept["state"].setdefault(name, {})
+            set_optimizer_state_dict(self.model, optimizer, kept, options=_whole(strict=False))
             if self.ema is not None:
                 self.ema.module.load_state_dict(state.ema)
         except (RuntimeError, KeyError, ValueError) as error:
