@@ -43,18 +43,22 @@ def named(name: str, checkpoint: Path | None) -> Built:
     if source_of(folder) == "local-dir":
         raise CheckpointError(f"'{folder}' holds a model of timm. Use 'local-dir:{name}'.")
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(place)
+        # False, because without it transformers asks at the terminal whether to run code.
+        config: Any = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # whatever transformers, the hub client and the network raise
         raise _unavailable(name, error) from error
     try:
-        processor: Any = transformers.AutoImageProcessor.from_pretrained(place)
+        processor: Any = transformers.AutoImageProcessor.from_pretrained(
+            place, trust_remote_code=False
+        )
     except Exception as error:
         if not folder.is_dir():
             raise _unavailable(name, error) from error
         raise CheckpointError(
             f"'{folder}' has no image processor that transformers can load ({first_line(error)}). "
             "Put that of the original model there: "
-            f"AutoImageProcessor.from_pretrained(ORIGINAL).save_pretrained('{folder}')."
+            f"AutoImageProcessor.from_pretrained(ORIGINAL).save_pretrained('{folder}'). Code that "
+            "comes with a model is never run."
         ) from error
     cls = _class(name, config)
     own: Any = cls.config_class.from_pretrained(place)
@@ -118,7 +122,7 @@ def _unavailable(name: str, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"The model 'hf:{name}' cannot be had: {first_line(error)} "
         "Pass a folder that save_pretrained wrote, model and image processor, or the name of a "
-        "model in the hub or its cache."
+        "model in the hub or its cache. Code that comes with a model is never run."
     )
 
 

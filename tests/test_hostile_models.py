@@ -1,0 +1,44 @@
+"""Models' folders that were made to do harm, or are damaged."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from mergence.errors import CheckpointError
+from mergence.families.transformers import FAMILY
+from mergence.models import load_model
+
+
+def altered(file: Path, **values: Any) -> None:
+    """Change the values of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("part", ["config", "preprocessor_config"])
+def test_a_models_own_code_is_neither_run_nor_asked_about(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(question: str = "") -> str:
+        questions.append(question)
+        return "y"
+
+    questions: list[str] = []
+    monkeypatch.setattr(builtins, "input", asked)
+    FAMILY.tiny()["vit"]().save_pretrained(tmp_path)
+    transformers.ViTImageProcessor().save_pretrained(tmp_path)
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    auto = {"config": "AutoConfig", "preprocessor_config": "AutoImageProcessor"}[part]
+    altered(
+        tmp_path / f"{part}.json",
+        **{"auto_map": {auto: "code.Its"}, "model_type": "its", "image_processor_type": "Its"},
+    )
+    with pytest.raises(CheckpointError, match=r"contains custom code.*Code that .*is never run"):
+        load_model(f"hf:{tmp_path}")
+    assert not questions
+    assert not (tmp_path / "ran").exists()
