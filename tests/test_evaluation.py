@@ -262,3 +262,24 @@ def test_maps_that_lie_beside_the_images_are_no_labels_of_a_model_without_classe
     model.reset_classifier(0)
     pair = torch.randn(2, 3, 96, 96), torch.randn(2, 96, 96)
     assert evaluate(model, [pair], {}).results[0].top1 is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_answers_that_are_no_numbers_are_not_compared(value: float, embedded: Any) -> None:
+    """NaN has its largest value where NaN has: that would count as agreement."""
+
+    def spoilt(block: nn.Module, given: Any, tokens: Tensor) -> Tensor | None:
+        return torch.full_like(tokens, value) if tokens.shape[1] in spoilt_at else None
+
+    images = [torch.randn(2, 1, 28, 28)]
+    hook = embedded.blocks[-1].register_forward_hook(spoilt)
+    try:
+        for dense, whose in ((True, "The dense model"), (False, r"The model with .* 'half'")):
+            spoilt_at = {197} if dense else set(range(197))
+            with pytest.raises(OptionError, match=rf"^{whose} answers with .* 20 of 20.* dtype"):
+                evaluate(embedded, images, {"half": make("tome", macs=0.5)})
+            whose = whose.replace("'half'", "'tome'")
+            with pytest.raises(OptionError, match=rf"^{whose} answers with .* 20 of 20.* dtype"):
+                calibrate(embedded, images, budgets=[0.5], method="tome")
+    finally:
+        hook.remove()

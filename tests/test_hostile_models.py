@@ -36,7 +36,9 @@ def test_a_models_own_code_is_neither_run_nor_asked_about(
     auto = {"config": "AutoConfig", "preprocessor_config": "AutoImageProcessor"}[part]
     altered(
         tmp_path / f"{part}.json",
-        **{"auto_map": {auto: "code.Its"}, "model_type": "its", "image_processor_type": "Its"},
+        auto_map={auto: "code.Its"},
+        model_type="its",
+        image_processor_type="Its",
     )
     with pytest.raises(CheckpointError, match=r"contains custom code.*Code that .*is never run"):
         load_model(f"hf:{tmp_path}")

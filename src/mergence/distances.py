@@ -17,13 +17,29 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 """Dense and reduced output, `[B, ...]` of one shape -> distance of each image, `[B]`."""
 
 
-def compared(output: Any) -> Tensor:
+def compared(output: Any, whose: str) -> Tensor:
     """A model's answer as distances take it, in float32.
 
     Where it is tokens that remember what was merged, there is one for every patch.
+
+    Args:
+        output: What the model returns.
+        whose: What to call the model in the error.
+
+    Raises:
+        OptionError: It has values that are not finite: no distance to them is a number, and the
+            first guess of two answers of NaN is always the same.
     """
     found = answer(output)
-    return (found if attached(found) is None else restore(found)).float()
+    found = (found if attached(found) is None else restore(found)).float()
+    if bad := int((~found.isfinite()).sum()):
+        raise OptionError(
+            f"{whose} answers with NaN or infinity: {bad} of {found.numel()} values of a batch, "
+            "which cannot be compared. Use another dtype, as float16 has no numbers above 65,504; "
+            "or look for such values in its weights, which a damaged checkpoint holds, and in the "
+            "images."
+        )
+    return found
 
 
 def check_classes(classes: int) -> None:

@@ -192,8 +192,8 @@ def evaluate(
 
     Raises:
         DataError: No image could be read, or labels are no class indices.
-        OptionError: The model answers with tokens or with a single value, which cannot be compared,
-            or a recipe is called `dense`.
+        OptionError: The model answers with tokens, with a single value or with values that are not
+            finite, which cannot be compared, or a recipe is called `dense`.
         MergenceError: A recipe does not fit the model.
     """
     runs = runs_of(recipes)
@@ -257,13 +257,14 @@ def _run_batch(
         model(images)  # a warm-up, so that no run pays for being the first
     dense = None
     for name, path in paths.items():
+        whose = "The dense model" if name == DENSE else f"The model with the recipe '{name}'"
         path.take()
         synchronise(images.device)
         start = time.perf_counter()
         output = model(images)
         synchronise(images.device)
         tallies[name].seconds += time.perf_counter() - start
-        found = compared(output)
+        found = compared(output, whose)
         dense = found if dense is None else dense
         tallies[name].add(found, dense, labels)
 

@@ -75,6 +75,7 @@ class Probe:
         # Images of another size than the model's own have counts of their own, too.
         schedule = Counts(after=tuple(counts), of=self.patches)
         recipe, done, total = Recipe(method, schedule), 0, 0.0
+        whose = f"The model with the method '{method.name}'"
         with torch.inference_mode(), applied(self._model, recipe):
             for batch, dense, outputs in zip(
                 self._batches, self._dense, self._outputs, strict=True
@@ -82,7 +83,7 @@ class Probe:
                 if images is not None and done >= images:
                     break
                 with _resumed(self._blocks, outputs, first):
-                    reduced = compared(self._model(batch))
+                    reduced = compared(self._model(batch), whose)
                 total += float(distance(dense, reduced).sum())
                 done += len(batch)
         return total / done
@@ -97,7 +98,7 @@ class Probe:
         with ExitStack() as hooks:
             for block in self._blocks:
                 hooks.enter_context(_removed(block.register_forward_hook(remember)))
-            return compared(self._model(batch)), outputs
+            return compared(self._model(batch), "The dense model"), outputs
 
 
 @contextmanager

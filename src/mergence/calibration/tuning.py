@@ -96,7 +96,8 @@ def calibrate(
         progress: Called with the share of the work that is done, 0 to 1.
 
     Raises:
-        OptionError: An argument is out of range, or the model answers with a single value.
+        OptionError: An argument is out of range, or the model answers with a single value or with
+            values that are not finite.
         DataError: No image could be read, or the images differ in size.
         ScheduleError: A budget cannot be met with so few points.
         MergenceError: The model or the method does not fit.
