@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from mergence.data import IMAGE_SUFFIXES, Skipped, skip
 from mergence.errors import DataError, MissingExtraError
@@ -82,18 +83,12 @@ class WebDatasetShards:
         return len(self.urls)
 
     def read(self, shard: int) -> Iterator[Encoded | Skipped]:
-        from webdataset import WebDataset
+        from webdataset.cache import StreamingOpen
+        from webdataset.tariterators import group_by_keys
 
         url = self.urls[shard]
-
-        def all_of(source: Any) -> Any:  # which parts are whose is decided elsewhere
-            return source
-
-        samples = WebDataset(
-            [url], shardshuffle=False, nodesplitter=all_of, workersplitter=all_of, empty_check=False
-        )
         try:
-            for sample in samples:
+            for sample in group_by_keys(_files(StreamingOpen()([url]))):
                 name = f"{Path(url).name}/{sample['__key__']}"
                 image = next((v for k, v in sample.items() if f".{k}" in IMAGE_SUFFIXES), None)
                 label = sample.get("cls", b"").strip()
@@ -103,6 +98,44 @@ class WebDatasetShards:
                     yield Encoded(name, image, int(label))
         except Exception as error:  # damaged bytes fail in as many ways as tar and its filters have
             yield skip(url, error, "the shard breaks off: ")
+
+
+class _Header(tarfile.TarInfo):
+    """A header that says when it is damaged: to tarfile that is the end, as zeros are."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} where a file or the end should begin") from error
+
+
+def _files(opened: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The files of shards, as webdataset reads them.
+
+    Raises:
+        ReadError: A shard breaks off, or goes on after its end.
+    """
+    for shard in opened:
+        archive: Any
+        try:
+            with tarfile.open(fileobj=shard["stream"], mode="r|*", tarinfo=_Header) as archive:
+                while (entry := archive.next()) is not None:
+                    folder = entry.name.partition("/")[0]
+                    about_the_shard = folder.startswith("__") and folder.endswith("__")
+                    if entry.isreg() and not about_the_shard:
+                        content = archive.extractfile(entry).read()
+                        yield {"fname": entry.name, "data": content, "__url__": shard["url"]}
+                    archive.members.clear()  # which would be all of them in the end
+                while rest := archive.fileobj.read(1 << 20):
+                    if rest.strip(b"\0"):
+                        raise tarfile.ReadError("more follows the end of the archive")
+        except Exception:
+            yield {}  # the sample before it is whole
+            raise
 
 
 def _webdataset(path: str, pattern: str) -> Shards:
