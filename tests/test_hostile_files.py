@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,34 @@ def test_pictures_that_are_programs_are_not_run(
     assert isinstance(found, Skipped)
     assert "EPS" in found.reason
     assert not run
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError, IndexError, NotImplementedError, LZMAError, OverflowError, MemoryError]
+)
+def test_whatever_a_decoder_makes_of_damaged_bytes_is_named(
+    error: type[Exception], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of AVIF, QOI, DDS, xz and TIFF do."""
+
+    def damaged(encoded: bytes) -> Image.Image:
+        raise error("damaged")
+
+    monkeypatch.setattr(sources, "decode", damaged)
+    assert opened(folder)[0] == Skipped("a/1.png", f"{error.__name__}: damaged")
+
+
+@pytest.mark.parametrize("size", [(1, 65000), (60000, 1)])
+def test_an_image_that_would_be_stretched_to_billions_of_pixels_is_named(
+    size: tuple[int, int], folder: Path
+) -> None:
+    Image.new("L", size).save(folder / "b" / "2.png")
+    assert (folder / "b" / "2.png").stat().st_size < 500
+    found = opened(folder)[1]
+    assert isinstance(found, Skipped)
+    assert f"{size[0]} x {size[1]} pixels" in found.reason
+    Image.new("L", (1000, 2)).save(folder / "b" / "2.png")
+    assert opened(folder)[1].image.shape == (3, 2, 1000)
 
 
 def test_a_file_that_could_not_be_written_is_refused_before_the_work(

@@ -92,12 +92,9 @@ class Zip:
             ) from error
 
     def open(self, name: str) -> Image:
-        try:
-            archive, members = self._archive()
-            _check_size(archive.getinfo(members[name]).file_size)  # zipfile unpacks no more
-            return decode(archive.read(members[name]))
-        except RuntimeError as error:  # how zipfile reports encryption and unknown compression
-            raise zipfile.BadZipFile(str(error)) from error
+        archive, members = self._archive()
+        _check_size(archive.getinfo(members[name]).file_size)  # zipfile unpacks no more
+        return decode(archive.read(members[name]))
 
 
 class Demo:
