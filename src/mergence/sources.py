@@ -52,14 +52,7 @@ class Folder:
         return found
 
     def open(self, name: str) -> Image:
-        path = self.root / name
-        if path.is_symlink() and not path.exists():  # every day, unlike a file that is out of reach
-            raise OSError("it is a link to a file that is not there")
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for
-            raise OSError("it is no regular file")
-        _check_size(about.st_size)
-        return decode(path.read_bytes())
+        return decode(read_file(self.root / name))
 
 
 @dataclass
@@ -143,6 +136,21 @@ class Synthetic:
         from PIL import Image
 
         return Image.frombytes("RGB", (64, 64), random.Random(name).randbytes(3 * 64 * 64))
+
+
+def read_file(path: Path) -> bytes:
+    """The content of an image file, whatever has named it.
+
+    Raises:
+        OSError: It is not there, no regular file or larger than any image.
+    """
+    if path.is_symlink() and not path.exists():  # every day, unlike a file that is out of reach
+        raise OSError("it is a link to a file that is not there")
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for
+        raise OSError("it is no regular file")
+    _check_size(about.st_size)
+    return path.read_bytes()
 
 
 def decode(encoded: bytes) -> Image:

@@ -9,14 +9,17 @@ import lzma
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from mergence.data import Skipped
+from mergence import sources
+from mergence.data import Lost, Skipped
 from mergence.train.shards import Encoded, open_shards
 
 pytest.importorskip("webdataset", reason="webdataset is not installed")
+datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 
 PNG = io.BytesIO()
 Image.new("RGB", (8, 8), (200, 10, 10)).save(PNG, "PNG")
@@ -81,3 +84,45 @@ def test_a_shard_that_breaks_off_is_named(
     assert good == names[:left]
     assert (type(bad), bad.name) == (Skipped, str(file))
     assert bad.reason.startswith("the shard breaks off: ReadError: ")
+
+
+def test_a_label_without_end_is_that_of_one_sample(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", ["0", "9" * 5000, "2"])
+    good, (bad,) = read(f"wds:{tmp_path}/a.tar")
+    assert good == ["a.tar/0", "a.tar/2"]
+    assert (bad.name, "no class index" in bad.reason) == ("a.tar/1", True)
+
+
+def rows(folder: Path, images: list[dict[str, Any] | None]) -> str:
+    """A data set of one parquet file, which names a file where it does not hold one."""
+    import pyarrow
+    from pyarrow import parquet
+
+    kinds = datasets.ClassLabel(names=["a", "b"])
+    features = datasets.Features({"image": datasets.Image(), "label": kinds})
+    columns = {"image": images, "label": [0] * len(images)}
+    folder.mkdir()
+    parquet.write_table(
+        pyarrow.table(columns, schema=features.arrow_schema), folder / "train.parquet"
+    )
+    return f"hf:{folder}"
+
+
+def test_rows_that_cannot_be_used_are_named_and_the_rest_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"bytes": PNG.getvalue(), "path": "0.png"}
+    (tmp_path / "good.png").write_bytes(PNG.getvalue())
+    (tmp_path / "large.png").write_bytes(bytes(5000))
+    monkeypatch.setattr(sources, "LARGEST", 4000)
+    paths = ["good.png", "large.png", "nowhere.png", "a\0b.png"]
+    named = [str(tmp_path / path) for path in paths] + ["/dev/zero"]
+    files = [{"bytes": None, "path": path} for path in named]
+    good, bad = read(rows(tmp_path / "set", [whole, None, *files, whole]))
+    assert good == ["0.png", named[0], "0.png"]
+    reasons = {item.name: item.reason for item in bad}
+    assert list(reasons) == ["0/1", *named[1:]]
+    assert reasons["0/1"] == "it has no image, or no label"
+    assert "5,000 bytes" in reasons[named[1]]
+    assert "no regular file" in reasons["/dev/zero"]
+    assert [item.name for item in bad if isinstance(item, Lost)] == [named[2]]

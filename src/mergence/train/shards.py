@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 
 from mergence.data import IMAGE_SUFFIXES, Skipped, skip
 from mergence.errors import DataError, MissingExtraError
+from mergence.sources import read_file
 
 PREFIXES = ("wds:", "hf:")
 
@@ -176,16 +177,20 @@ class HuggingFaceShards:
         try:
             # Not plain iteration: in a worker that reads its own choice of the shards once more.
             for number, row in enumerate(part.iter(batch_size=1)):
-                image, label = row[self.image][0], row[self.label][0]
+                image, label = row[self.image][0] or {}, row[self.label][0]
                 name = image.get("path") or f"{shard}/{number}"
                 encoded = image.get("bytes")
                 if encoded is None and image.get("path"):
-                    encoded = Path(image["path"]).read_bytes()
+                    try:
+                        encoded = read_file(Path(image["path"]))
+                    except (OSError, ValueError) as error:  # no file has such a name
+                        yield skip(name, error)
+                        continue
                 if not encoded or label is None:
                     yield Skipped(name, "it has no image, or no label")
                 else:
                     yield Encoded(name, encoded, label)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # damaged bytes fail in as many ways as pyarrow has
             yield skip(f"{self.name} shard {shard}", error, "it breaks off: ")
 
 
