@@ -93,7 +93,8 @@ class WebDatasetShards:
                 name = f"{Path(url).name}/{sample['__key__']}"
                 image = next((v for k, v in sample.items() if f".{k}" in IMAGE_SUFFIXES), None)
                 label = sample.get("cls", b"").strip()
-                if image is None or not label.isdigit():
+                # int() refuses numbers of thousands of digits.
+                if image is None or not label.isdigit() or len(label) > 18:
                     yield Skipped(name, "it has no image, or no class index under 'cls'")
                 else:
                     yield Encoded(name, image, int(label))
