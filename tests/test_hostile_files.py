@@ -117,6 +117,24 @@ def test_an_image_that_would_be_stretched_to_billions_of_pixels_is_named(
     assert opened(folder)[1].image.shape == (3, 2, 1000)
 
 
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [(6, b"\xc8"), (46, b"\xff")],  # of a newer format; a name that is not in the encoding it says
+    ids=["version", "name"],
+)
+def test_an_archive_with_a_damaged_list_of_its_files_is_named(
+    place: int, wrong: bytes, folder: Path
+) -> None:
+    file = folder.parent / "set.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("é/1.png", PNG.getvalue())
+    whole = file.read_bytes()
+    place += whole.index(b"PK\x01\x02")
+    file.write_bytes(whole[:place] + wrong + whole[place + 1 :])
+    with pytest.raises(DataError, match=r"set\.zip' cannot be read as a zip archive"):
+        opened(file)
+
+
 def test_a_file_that_could_not_be_written_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

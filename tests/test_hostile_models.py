@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 
 from mergence.errors import CheckpointError
 from mergence.families.transformers import FAMILY
-from mergence.models import load_model
+from mergence.models import DEMO_MODEL, load_model
 
 
 def altered(file: Path, **values: Any) -> None:
@@ -44,3 +45,27 @@ def test_a_models_own_code_is_neither_run_nor_asked_about(
         load_model(f"hf:{tmp_path}")
     assert not questions
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, f'{{"architecture": {"9" * 5000}}}'])
+def test_a_description_that_is_no_json_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    for source in ("local-dir", "hf"):
+        with pytest.raises(CheckpointError, match=r"config\.json|cannot be had"):
+            load_model(f"{source}:{tmp_path}")
+
+
+WRONG: dict[str, Any] = {
+    "label_names": 5, "mean": "abc", "std": [0.5], "crop_pct": "x", "interpolation": "evil",
+    "input_size": [3], "label_descriptions": ["x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_what_a_description_says_of_images_and_cannot_be_is_named(key: str, tmp_path: Path) -> None:
+    shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    told = json.loads(file.read_text())["pretrained_cfg"]
+    altered(file, pretrained_cfg=told | {key: WRONG[key]})
+    with pytest.raises(CheckpointError, match=r"model.*(says|describes).*config\.json"):
+        load_model(f"local-dir:{tmp_path}/model")

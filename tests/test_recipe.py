@@ -282,6 +282,8 @@ def test_as_many_tokens_leave_as_can_however_large_r_is(fresh: Any) -> None:
         (b"\xff\xfe\x00", "cannot be read"),
         (b"[1, 2]", "holds a list, not an object"),
         (b"", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON: it is nested too deep"),
+        (b'{"align": ' + b"9" * 5000 + b"}", "is not valid JSON: .*digits"),
     ],
 )
 def test_a_damaged_file_is_named(content: bytes, message: str, tmp_path: Path) -> None:

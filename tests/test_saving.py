@@ -212,6 +212,8 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
         ("mergence.json", None, RecipeError, r"no mergence\.json.*mergence\.apply"),
         ("mergence.json", "{", RecipeError, "not valid JSON"),
         ("config.json", None, CheckpointError, r"config\.json' cannot be read"),
+        ("config.json", "[" * 100_000, CheckpointError, r"config\.json' cannot be read"),
+        ("config.json", f'{{"a": {"9" * 5000}}}', CheckpointError, r"config\.json' cannot be read"),
         ("config.json", "{}", CheckpointError, "names no model of timm.*or transformers"),
         ("config.json", "[1]", CheckpointError, "names no model of timm.*or transformers"),
         ("config.json", '{"architectures": 5}', CheckpointError, "names no model.*found 5"),

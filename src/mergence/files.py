@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mergence.errors import OptionError
 
@@ -108,6 +110,20 @@ def write_text(path: Path, text: str) -> None:
     """
     with staged_file(path) as file:
         file.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It holds no JSON, or such as no program writes.
+    """
+    try:
+        # Windows puts a mark in front of UTF-8; this encoding reads files without it, too.
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def _reason(error: Exception, folder: Path) -> str | None:

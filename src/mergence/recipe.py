@@ -17,7 +17,7 @@ from mergence import schedule as schedules
 from mergence._version import __version__
 from mergence.arguments import is_whole
 from mergence.errors import OptionError, RecipeError, ScheduleError
-from mergence.files import check_target, write_text
+from mergence.files import check_target, read_json, write_text
 from mergence.method import Method
 from mergence.schedule import Constant, Counts, KeepRate, Macs, Schedule
 
@@ -146,11 +146,10 @@ class Recipe:
             RecipeError: The file is missing, is no JSON or no recipe.
         """
         try:
-            # Windows puts a mark in front of UTF-8; this encoding reads files without it, too.
-            data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            data = read_json(Path(path))
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"The recipe '{path}' cannot be read: {error}.") from error
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise RecipeError(f"The recipe '{path}' is not valid JSON: {error}.") from error
         if not isinstance(data, Mapping):
             raise RecipeError(f"The recipe '{path}' holds a {type(data).__name__}, not an object.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -25,7 +24,7 @@ from mergence.errors import (
     UnsupportedModelError,
 )
 from mergence.family import registry
-from mergence.files import staged
+from mergence.files import read_json, staged
 from mergence.models import load_model
 from mergence.models._loaded import source_of
 from mergence.models._weights import require_weights
@@ -230,7 +229,7 @@ def _differing(has: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> 
 
 def _load_dense(folder: Path) -> nn.Module:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"'{folder / 'config.json'}' cannot be read ({error}). It says which model this is; "

@@ -78,7 +78,7 @@ class Zip:
     def names(self) -> list[str]:
         try:
             return list(self._archive()[1])
-        except (zipfile.BadZipFile, OSError) as error:
+        except Exception as error:  # damaged bytes fail in as many ways as zipfile has
             raise DataError(
                 f"'{self.path}' cannot be read as a zip archive: {error}. "
                 "Pass an image folder or an undamaged .zip file."

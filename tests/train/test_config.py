@@ -70,6 +70,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     file.write_text("- a\n- b\n")
     with pytest.raises(OptionError, match="holds a list"):
         read_yaml(file)
-    file.write_text("a: [")
-    with pytest.raises(OptionError, match="cannot be read"):
-        read_yaml(file)
+    for content in ("a: [", "[" * 20_000, f"a: {'9' * 5000}", "a: 2026-99-99"):
+        file.write_text(content)
+        with pytest.raises(OptionError, match="cannot be read"):
+            read_yaml(file)

@@ -297,6 +297,9 @@ def test_checkpoints_are_read_without_running_code(config: Build, tmp_path: Path
     (place / "trainer.pt").write_bytes((place / "trainer.pt").read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"cannot be read.*Remove that folder"):
         fit(config(epochs=1), resume=True)
+    torch.save([1], place / "trainer.pt")
+    with pytest.raises(CheckpointError, match=r"cannot be read.*Remove that folder"):
+        fit(config(epochs=1), resume=True)
 
 
 @pytest.mark.slow

@@ -130,14 +130,15 @@ def load(place: Path) -> State:
         model = load_file(place / "model.safetensors")
         ema = place / "ema.safetensors"
         averaged = load_file(ema) if ema.exists() else {}
+        found = trainer.get("format")
     except Exception as error:  # damaged bytes fail in as many ways as the readers have
         raise CheckpointError(
             f"The checkpoint '{place}' cannot be read ({type(error).__name__}: {error}). Remove "
             "that folder to go on from the one before it."
         ) from error
-    if trainer.get("format") != _FORMAT:
+    if found != _FORMAT:
         raise CheckpointError(
-            f"The checkpoint '{place}' has format {trainer.get('format')!r} and this mergence "
+            f"The checkpoint '{place}' has format {found!r} and this mergence "
             f"reads format {_FORMAT}. Go on with the version that wrote it."
         )
     return State(model, averaged, trainer)

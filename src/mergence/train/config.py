@@ -182,7 +182,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     yaml = _yaml()
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except Exception as error:  # no file, no YAML, or no such number, date or depth
         raise OptionError(f"The configuration '{path}' cannot be read: {error}.") from error
     if not isinstance(data, dict):
         raise OptionError(
