@@ -55,17 +55,22 @@ def test_a_description_that_is_no_json_is_named(content: str, tmp_path: Path) ->
             load_model(f"{source}:{tmp_path}")
 
 
-WRONG: dict[str, Any] = {
-    "label_names": 5, "mean": "abc", "std": [0.5], "crop_pct": "x", "interpolation": "evil",
-    "input_size": [3], "label_descriptions": ["x"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("key", WRONG)
-def test_what_a_description_says_of_images_and_cannot_be_is_named(key: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"label_names": 5},
+        {"mean": "abc"},
+        {"crop_pct": "x"},
+        {"interpolation": "evil"},
+    ],
+    ids=str,
+)
+def test_what_a_description_says_of_images_and_cannot_be_is_named(
+    wrong: dict[str, Any], tmp_path: Path
+) -> None:
     shutil.copytree(DEMO_MODEL, tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     told = json.loads(file.read_text())["pretrained_cfg"]
-    altered(file, pretrained_cfg=told | {key: WRONG[key]})
-    with pytest.raises(CheckpointError, match=r"model.*(says|describes).*config\.json"):
+    altered(file, **wrong, pretrained_cfg=told | wrong)
+    with pytest.raises(CheckpointError, match=r"model' says of its images .*config\.json"):
         load_model(f"local-dir:{tmp_path}/model")

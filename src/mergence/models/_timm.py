@@ -8,7 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from mergence.errors import CheckpointError, UnknownNameError, UnsupportedModelError
+from mergence.errors import (
+    CheckpointError,
+    MergenceError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
 from mergence.models._loaded import Built, LoadedModel, source_of
 from mergence.models._weights import first_line
 
@@ -63,7 +68,7 @@ def local_dir(path: str, checkpoint: Path | None) -> Built:
         ) from error
     files = (folder / file for file in _HUB_WEIGHTS)
     file = checkpoint or next((f for f in files if f.exists()), folder / _HUB_WEIGHTS[0])
-    return Built(model, file, _describe)
+    return Built(model, file, _describe_file)
 
 
 def demo(name: str, checkpoint: Path | None) -> Built:
@@ -89,6 +94,19 @@ def _check_timm_name(name: str) -> None:
             f"timm has no weights '{tag}' for '{architecture}'. "
             f"It has {', '.join(tags) or 'none'}. Leave the part after the dot out for the default."
         )
+
+
+def _describe_file(model: nn.Module, spec: str) -> LoadedModel:
+    try:
+        return _describe(model, spec)
+    except MergenceError:
+        raise
+    except Exception as error:  # whatever timm makes of values that can be anything
+        raise CheckpointError(
+            f"What '{spec}' says of its images cannot be used ({type(error).__name__}: "
+            f"{first_line(error)}). Correct pretrained_cfg (mean, std, crop_pct, "
+            "interpolation) and label_names in its config.json."
+        ) from error
 
 
 def _describe(model: nn.Module, spec: str) -> LoadedModel:
