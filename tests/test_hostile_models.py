@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+import mergence
 from mergence.errors import CheckpointError
 from mergence.families.transformers import FAMILY
+from mergence.methods import Mstm
 from mergence.models import DEMO_MODEL, load_model
 
 
@@ -74,3 +78,28 @@ def test_what_a_description_says_of_images_and_cannot_be_is_named(
     altered(file, **wrong, pretrained_cfg=told | wrong)
     with pytest.raises(CheckpointError, match=r"model' says of its images .*config\.json"):
         load_model(f"local-dir:{tmp_path}/model")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_weights_that_would_be_cast_to_another_kind_of_number_are_refused(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = mergence.apply(load_model("demo").model, Mstm(fusion=True), macs=0.7)
+    mergence.save(model, tmp_path)
+    for name, part in (("mergence", "fine.bias"), ("model", "norm.weight")):
+        file = tmp_path / f"{name}.safetensors"
+        good = load_file(file)
+        save_file({key: value.half() for key, value in good.items()}, file)
+        mergence.load(tmp_path)
+        save_file(
+            {
+                key: value.to(dtype if key.endswith(part) else value.dtype)
+                for key, value in good.items()
+            },
+            file,
+        )
+        with pytest.raises(
+            CheckpointError, match=rf"{name}\.safetensors' does not fit.*{part} {dtype}"
+        ):
+            mergence.load(tmp_path)
+        save_file(good, file)

@@ -22,12 +22,13 @@ from mergence.errors import (
     OptionError,
     RecipeError,
     UnsupportedModelError,
+    few,
 )
 from mergence.family import registry
 from mergence.files import read_json, staged
 from mergence.models import load_model
 from mergence.models._loaded import source_of
-from mergence.models._weights import require_weights
+from mergence.models._weights import not_floating, require_weights
 from mergence.recipe import Recipe
 
 RECIPE = "mergence.json"
@@ -148,9 +149,12 @@ def load_learned(model: nn.Module, file: Path) -> str | None:
             f"What the method has learned cannot be read from '{file}' ({type(error).__name__}: "
             f"{error}). Copy the whole folder again."
         ) from error
-    has, learns = _shapes(found), _shapes(learned_by(model))
+    own = learned_by(model)
+    has, learns = _shapes(found), _shapes(own)
     if has != learns:
         return f"it has {has}, and the method learns {learns}"
+    if other := not_floating(found, own):
+        return f"it has values of another type ({few(other)})"
     model.load_state_dict(found, strict=False)
     return None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from mergence.errors import CheckpointError, few
 
@@ -38,6 +38,7 @@ def load_weights(model: nn.Module, file: Path, spec: str) -> None:
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
         "of another shape": sorted(shapes),
+        "of another type": not_floating(state, own),
     }
     if found := "; ".join(f"{len(p)} {what} ({few(p)})" for what, p in problems.items() if p):
         raise CheckpointError(
@@ -46,6 +47,17 @@ def load_weights(model: nn.Module, file: Path, spec: str) -> None:
             "and use local-dir:PATH."
         )
     model.load_state_dict(state)
+
+
+def not_floating(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> list[str]:
+    """The weights that loading would make floating-point numbers of, with the type they have."""
+    return [
+        f"{key} {found.dtype}"
+        for key, value in own.items()
+        if isinstance(found := state.get(key), Tensor)
+        and value.is_floating_point()
+        and not found.is_floating_point()
+    ]
 
 
 def read_weights(file: Path, spec: str) -> dict[str, Any]:
