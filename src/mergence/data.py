@@ -73,7 +73,9 @@ def skip(name: str, error: Exception, what: str = "") -> Skipped:
         error: Why. Only the operating system numbers its errors; no decoder of images does.
         what: Stands before the error.
     """
-    kind = Lost if isinstance(error, OSError) and error.errno is not None else Skipped
+    numbered = isinstance(error, OSError) and error.errno is not None
+    gone = isinstance(error, FileNotFoundError | PermissionError)  # datasets 4.0 numbers neither
+    kind = Lost if numbered or gone else Skipped
     return kind(name, f"{what}{type(error).__name__}: {error}")
 
 
