@@ -15,6 +15,7 @@ import mergence
 from mergence import benchmark, demo, family
 from mergence.benchmark import Row, bench, judged, row_of, take_turns
 from mergence.errors import OptionError
+from mergence.program import program_of
 from mergence.recipe import make
 
 
@@ -129,6 +130,16 @@ def test_a_real_run_has_a_row_for_each_setting_and_leaves_the_model_alone() -> N
     assert result.rows[0].speedup == 1
     assert result.rows[1].macs_ratio == pytest.approx(0.5, abs=0.01)
     assert mergence.recipe_of(loaded.model).method.name == "tome"
+
+
+def test_macs_are_those_at_the_size_that_is_timed(fresh: Any) -> None:
+    model = fresh("transformers-dinov2")  # made for 36 patches
+    recipe = make("tome", schedule=[36, 30, 20, 10, 10, 10])
+    size = (3, 160, 160)
+    rows = bench(model, {"r": recipe}, input_size=size, batches=(1,), seconds=0, rounds=2).rows
+    program = program_of(mergence.apply(model, recipe))
+    assert rows[1].macs_ratio == program.macs(100).total / program.macs(100, dense=True).total
+    assert rows[1].macs_ratio != mergence.describe(model).macs_ratio
 
 
 def test_no_recipe_takes_the_place_of_the_dense_model() -> None:

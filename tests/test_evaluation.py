@@ -18,6 +18,7 @@ from mergence.distances import kl_divergence
 from mergence.errors import DataError, OptionError
 from mergence.evaluation import _Tally, evaluate
 from mergence.outputs import answer
+from mergence.program import program_of
 from mergence.recipe import make
 
 
@@ -283,3 +284,21 @@ def test_answers_that_are_no_numbers_are_not_compared(value: float, embedded: An
                 calibrate(embedded, images, budgets=[0.5], method="tome")
     finally:
         hook.remove()
+
+
+def test_macs_are_those_of_one_image_at_the_size_that_ran(fresh: Any) -> None:
+    model = fresh("transformers-dinov2")  # made for 36 patches
+    recipe = make("tome", schedule=[36, 30, 20, 10, 10, 10])
+    small, large = torch.randn(2, 3, 48, 48), torch.randn(1, 3, 160, 160)
+    program = program_of(mergence.apply(fresh("transformers-dinov2"), recipe))
+
+    def counted(*images: Tensor) -> list[tuple[float, float]]:
+        return [(r.gmacs, r.macs_ratio) for r in evaluate(model, images, {"r": recipe}).results]
+
+    for images, patches in ((small, [9]), (large, [100]), ([small, large], [9, 9, 100])):
+        dense = sum(program.macs(n, dense=True).total for n in patches)
+        reduced = sum(program.macs(n).total for n in patches)
+        assert counted(*(images if isinstance(images, list) else [images])) == [
+            (pytest.approx(dense / len(patches) / 1e9), 1.0),
+            (pytest.approx(reduced / len(patches) / 1e9), pytest.approx(reduced / dense)),
+        ]

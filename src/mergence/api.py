@@ -195,6 +195,8 @@ def recipe_of(model: nn.Module) -> Recipe:
 def describe(model: nn.Module) -> Description:
     """Say what is applied to a model: tokens after each block, MACs before and after.
 
+    At the image size that the model is configured for.
+
     Raises:
         MergenceError: The model is not reduced, or was changed since and is to be reduced anew.
     """

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergence.api import apply, describe, remove
+from mergence.api import apply, remove
 from mergence.arguments import check_several
 from mergence.devices import convolutions_tried, described, synchronise, warn_of_slow_type
 from mergence.errors import OptionError
 from mergence.evaluation import DENSE, runs_of
 from mergence.profiling import PARTS, Profile, parts_of
-from mergence.program import require_images_alone
+from mergence.program import program_of, require_images_alone
 from mergence.recipe import Recipe, make
+from mergence.tracing import patches_in
 
 MODES: dict[str, str | None] = {
     "eager": None,
@@ -49,7 +50,7 @@ class Row:
         ms_high: Third quartile of the same.
         images_per_s: Images per second at the median.
         speedup: Dense median over this median, in the same setting.
-        macs_ratio: MACs as a share of the dense model's.
+        macs_ratio: MACs as a share of the dense model's, for images of the size that was timed.
         of_ideal: `speedup * macs_ratio`: 1 where the time fell as much as the MACs.
         peak_mib: Peak memory of the device in MiB during a forward; None where it is not counted.
         verdict: What this means, in words; empty for the dense model.
@@ -142,8 +143,12 @@ def bench(
         warn_of_slow_type(device, dtype)
         type_ = str(dtype).removeprefix("torch.")
         models = {name: _prepared(model, recipe, device, dtype) for name, recipe in runs.items()}
-        ratios = {n: 1.0 if n == DENSE else describe(m).macs_ratio for n, m in models.items()}
         layout = _layout(models[DENSE], input_size, device, dtype)
+        patches = patches_in(models[DENSE], _images(1, input_size, device, dtype, layout))
+        ratios = {
+            name: 1.0 if name == DENSE else program_of(one).share(patches)
+            for name, one in models.items()
+        }
         for mode in modes:
             for batch in batches:
                 calls = {name: call_in(one, mode) for name, one in models.items()}

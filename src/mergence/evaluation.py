@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from mergence import family, surgery
-from mergence.api import apply, describe, remove
-from mergence.data import Batch, Batches, Skipped, as_batches
+from mergence.api import apply, remove
+from mergence.data import Batches, Skipped, as_batches
 from mergence.devices import placed, stop_training, synchronise, warn_of_slow_type
 from mergence.distances import check_classes, compared, cosine_distance, kl_divergence
 from mergence.errors import DataError, OptionError
 from mergence.macs import count
-from mergence.program import require_images_alone
+from mergence.program import program_of, require_images_alone
 from mergence.recipe import Recipe
+from mergence.tracing import patches_in
 
 DENSE = "dense"
 
@@ -30,7 +32,8 @@ class Result:
     Attributes:
         name: `dense`, or the name that the recipe was given.
         recipe: The recipe as JSON values; None for the dense model.
-        gmacs: Multiply-adds of one image, in units of 1e9.
+        gmacs: Multiply-adds of one image, in units of 1e9, at the size that the images had; where
+            they differ in size, the mean over them.
         macs_ratio: The same as a share of the dense model's.
         top1: Percent of labelled images whose label is the first guess; None without labels.
         top5: Percent of labelled images whose label is among the first five; None without labels.
@@ -78,11 +81,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Path:
-    """One way to run the model: what makes it take it, and what it costs."""
+    """One way to run the model: what makes it take it, and its MACs for so many patches."""
 
     take: Callable[[], None]
-    gmacs: float
-    macs_ratio: float
+    macs: Callable[[int], int]
 
 
 _METRICS = ("top1", "top5", "agreement", "kl", "cosine")
@@ -204,7 +206,8 @@ def evaluate(
     model, place, type_ = placed(model, device, dtype)
     warn_of_slow_type(place, type_)
     tallies = {name: kind() for name in runs}
-    images = 0
+    patches: dict[torch.Size, int] = {}
+    sizes = Counter[int]()
     skipped: list[Skipped] = []
     back = surgery.bookmark(model)
     back_to_training = stop_training(model)
@@ -216,23 +219,31 @@ def evaluate(
         for batch in as_batches(batches):
             skipped += batch.skipped
             if batch:
-                images += len(batch)
-                _run_batch(model, batch, paths, tallies, place, type_)
+                pixels = batch.images.to(device=place, dtype=type_)
+                shape = pixels.shape[1:]
+                if shape not in patches:
+                    patches[shape] = patches_in(model, pixels)
+                sizes[patches[shape]] += len(batch)
+                _run_batch(model, pixels, batch.labels, paths, tallies)
             progress(len(batch) + len(batch.skipped))
     finally:
         back()
         back_to_training()
+    images = sizes.total()
     if images == 0:
         first = "".join(f" First: {bad.name}: {bad.reason}." for bad in skipped[:1])
         raise DataError(f"None of the {len(skipped)} images could be read.{first}")
+
+    def macs(name: str) -> int:
+        return sum(number * paths[name].macs(n) for n, number in sizes.items())
 
     def result(name: str, recipe: Recipe | None) -> Result:
         tally = tallies[name]
         return Result(
             name=name,
             recipe=None if recipe is None else recipe.to_dict(),
-            gmacs=paths[name].gmacs,
-            macs_ratio=paths[name].macs_ratio,
+            gmacs=macs(name) / images / 1e9,
+            macs_ratio=macs(name) / macs(DENSE),
             images_per_s=images / tally.seconds,
             **tally.means(images),
         )
@@ -245,14 +256,12 @@ def evaluate(
 @torch.inference_mode()
 def _run_batch(
     model: nn.Module,
-    batch: Batch,
+    images: Tensor,
+    labels: Tensor | None,
     paths: Mapping[str, _Path],
     tallies: Mapping[str, _Tally | _Features],
-    device: torch.device,
-    dtype: torch.dtype,
 ) -> None:
-    images = batch.images.to(device=device, dtype=dtype)
-    labels = None if batch.labels is None else batch.labels.to(device)
+    labels = None if labels is None else labels.to(images.device)
     if not any(tally.seconds for tally in tallies.values()):
         model(images)  # a warm-up, so that no run pays for being the first
     dense = None
@@ -273,6 +282,6 @@ def _path(model: nn.Module, recipe: Recipe | None) -> _Path:
     """Reduce a model, or make it dense, and remember what it is then: schedules are solved once."""
     if recipe is None:
         spec = family.spec_of(remove(model))
-        return _Path(surgery.bookmark(model), count(spec.cost, spec.patches).total / 1e9, 1.0)
-    found = describe(apply(model, recipe))
-    return _Path(surgery.bookmark(model), found.reduced.total / 1e9, found.macs_ratio)
+        return _Path(surgery.bookmark(model), lambda patches: count(spec.cost, patches).total)
+    program = program_of(apply(model, recipe))
+    return _Path(surgery.bookmark(model), lambda patches: program.macs(patches).total)

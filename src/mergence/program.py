@@ -169,6 +169,10 @@ class Program:
         patches = self.patches if patches is None else patches
         return count(self.cost, patches) if dense else self._macs_at(patches, self.tokens(patches))
 
+    def share(self, patches: int) -> float:
+        """MACs of one image of so many patches as a share of the dense model's."""
+        return self.macs(patches).total / self.macs(patches, dense=True).total
+
     def _macs_at(self, patches: int, tokens: tuple[int, ...]) -> Macs:
         return count(self.cost, patches, tokens, self.reduction)
 

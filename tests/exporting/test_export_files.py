@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnxruntime
@@ -21,7 +22,8 @@ import mergence
 from mergence import family
 from mergence.cli import app
 from mergence.errors import ExportError
-from mergence.exporting import formats
+from mergence.exporting import formats, speed
+from mergence.program import program_of
 
 pytestmark = pytest.mark.slow
 
@@ -164,3 +166,14 @@ def test_the_command_writes_checks_and_times(tmp_path: Path) -> None:
     assert "same answer on 6" in result.output
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", 3, 96, 96]
+
+
+def test_macs_are_those_at_the_size_that_is_timed(
+    monkeypatch: pytest.MonkeyPatch, fresh: Any
+) -> None:
+    graph = SimpleNamespace(write=lambda *_: None, open=lambda _: lambda images: images)
+    monkeypatch.setattr(speed, "FORMATS", {"onnx": graph})
+    model = mergence.apply(fresh("transformers-dinov2"), schedule=[20] * 6)  # for 36 patches
+    _, reduced = speed.compare(model, "m.onnx", torch.randn(1, 3, 160, 160), seconds=0)
+    assert reduced.macs_ratio == program_of(model).share(100)
+    assert reduced.macs_ratio != mergence.describe(model).macs_ratio

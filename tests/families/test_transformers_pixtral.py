@@ -258,3 +258,10 @@ def test_inside_llava_the_tower_is_reduced_by_itself(images: Tensor) -> None:
     assert (found - expected).abs().max() > 1e-2
     with mergence.disabled(model):
         assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_patches_are_counted_by_image_where_the_library_packs_a_batch(
+    tower: Any, images: Tensor
+) -> None:
+    found = mergence.calibrate(tower, [images], budgets=[0.6], trials=0, tune=False).found[0]
+    assert found.recipe.schedule.to_dict()["of"] == 36

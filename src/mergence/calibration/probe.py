@@ -16,6 +16,7 @@ from mergence.method import Method
 from mergence.outputs import answer
 from mergence.recipe import Recipe
 from mergence.schedule import Counts
+from mergence.tracing import patches_in
 
 
 class Probe:
@@ -41,16 +42,14 @@ class Probe:
                 measured from the first block on.
         """
         self._model, self._batches = model, batches
-        spec = family.spec_of(model)
-        self._blocks = spec.blocks
+        self._blocks = family.spec_of(model).blocks
         self._dense: list[Tensor] = []
         self._outputs: list[list[Any]] = []
         self.images = sum(map(len, batches))
+        self.patches = patches_in(model, batches[0])
         for batch in batches:
             dense, outputs = self._run_dense(batch)
-            tokens = [answer(output) for output in outputs]
-            self.patches = tokens[0].shape[1] - spec.cost.prefix
-            memory -= sum(x.numel() * x.element_size() for x in tokens)
+            memory -= sum(x.numel() * x.element_size() for x in map(answer, outputs))
             self._dense.append(dense)
             self._outputs.append(outputs if memory >= 0 else [])
 

@@ -110,8 +110,9 @@ def _table(result: Benchmark) -> None:
             table.add_row(str(row.batch), row.name, *timed(row), *peak, row.verdict)
         console.print(table)
     console.print(
-        "ms: median of one forward ± half the distance between the quartiles. of ideal: speed-up × "
-        "MACs, 1 where the time fell as much as the MACs.",
+        "ms: median of one forward ± half the distance between the quartiles. MACs: share of the "
+        "dense model's, at this size of images. of ideal: speed-up × MACs, 1 where the time fell "
+        "as much as the MACs.",
         style="dim",
     )
 

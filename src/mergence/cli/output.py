@@ -135,7 +135,7 @@ def evaluation_table(evaluation: Evaluation) -> None:
         if scores
         else "1 − cos: mean distance to the dense model's features"
     )
-    console.print(f"{said}; img/s is forward time only.", style="dim")
+    console.print(f"{said}; MACs at this size of images, img/s is forward time.", style="dim")
     skipped(evaluation.skipped)
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mergence.api import describe, disabled
+from mergence.api import disabled
 from mergence.benchmark import Row, judged, row_of, take_turns
 from mergence.evaluation import DENSE
 from mergence.exporting.formats import FORMATS
+from mergence.program import program_of
+from mergence.tracing import patches_in
 
 
 def compare(
@@ -39,7 +41,7 @@ def compare(
         MergenceError: The model is not reduced.
         ExportError: The dense model cannot be exported.
     """
-    ratio = describe(model).macs_ratio
+    ratio = program_of(model).share(patches_in(model, images))
     form = FORMATS["onnx"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "dense.onnx"
