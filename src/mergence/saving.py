@@ -26,7 +26,7 @@ from mergence.errors import (
 )
 from mergence.family import registry
 from mergence.files import read_json, staged
-from mergence.models import load_model
+from mergence.models import build_model
 from mergence.models._loaded import source_of
 from mergence.models._weights import not_floating, require_weights
 from mergence.recipe import Recipe
@@ -240,7 +240,7 @@ def _load_dense(folder: Path) -> nn.Module:
             "copy the whole folder again."
         ) from error
     if source_of(folder) == "local-dir":
-        return load_model(f"local-dir:{folder}").model
+        return build_model(f"local-dir:{folder}").model
     config = config if isinstance(config, dict) else {}
     if find_spec("transformers") is None:
         raise MissingExtraError("transformers", "transformers", f"Loading '{folder}'")

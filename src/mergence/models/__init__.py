@@ -14,7 +14,7 @@ from mergence.models._loaded import Built, LoadedModel, source_of
 from mergence.models._timm import DEMO_MODEL
 from mergence.models._weights import load_weights
 
-__all__ = ["DEMO_MODEL", "LoadedModel", "load_model"]
+__all__ = ["DEMO_MODEL", "LoadedModel", "build_model", "load_model"]
 
 
 def load_model(spec: str, *, checkpoint: str | Path | None = None) -> LoadedModel:
@@ -40,6 +40,12 @@ def load_model(spec: str, *, checkpoint: str | Path | None = None) -> LoadedMode
         UnsupportedModelError: The model takes images of neither one nor three channels.
         MissingExtraError: The library of the source is not installed.
     """
+    built = build_model(spec, checkpoint)
+    return built.describe(built.model, spec)
+
+
+def build_model(spec: str, checkpoint: str | Path | None = None) -> Built:
+    """Build the model that `spec` names, whatever it takes for images; see `load_model`."""
     source, _, name = spec.partition(":")
     if source not in _SOURCES or (source != "demo" and not name):
         raise _unknown_source(spec)
@@ -49,7 +55,8 @@ def load_model(spec: str, *, checkpoint: str | Path | None = None) -> LoadedMode
     built = source_.build(name, None if checkpoint is None else Path(checkpoint))
     if built.weights is not None:
         load_weights(built.model, built.weights.expanduser(), spec)
-    return built.describe(built.model.float().eval(), spec)
+    built.model.float().eval()
+    return built
 
 
 @dataclass(frozen=True)
