@@ -252,6 +252,43 @@ def test_blocks_that_are_compiled_one_by_one_give_the_same(qwen: Any) -> None:
     assert_same(qwen(x, GRIDS), expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("asked", ["of the call", "of the configuration"])
+def test_a_tuple_is_given_where_one_is_asked_for(model: Any, asked: str) -> None:
+    x, grid = pixels(model), grids(model)
+    options: dict[str, Any] = {"output_hidden_states": True}
+    if asked == "of the call":
+        options["return_dict"] = False
+    else:
+        model.config.return_dict = False
+
+    def given() -> list[Any]:
+        outputs = model(x, grid, **options)
+        assert type(outputs) is tuple
+        return list(outputs)
+
+    expected = given()
+    for macs in (1.0, 0.6):
+        mergence.apply(model, macs=macs)
+        found = given()
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert type(one) is type(other)
+            assert [x.shape for x in one] == [x.shape for x in other]
+        if macs == 1.0:
+            assert torch.equal(found[0], expected[0])
+
+
+@torch.no_grad()
+def test_patches_that_no_grid_describes_are_refused(model: Any) -> None:
+    x, grid = pixels(model), grids(model)
+    mergence.apply(model, macs=0.6)
+    with pytest.raises(ReducedOutputError, match="given 196 patches, and grids of 136"):
+        model(x, grid[:-1])
+    with pytest.raises(ReducedOutputError, match="given 136 patches, and grids of 196"):
+        model(x[:-60], grid)
+
+
 def test_what_cannot_be_right_is_refused(qwen: Any, unscaled: Any) -> None:
     x = pixels(qwen)
     mergence.apply(qwen, macs=0.6)

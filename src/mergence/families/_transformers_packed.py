@@ -49,6 +49,12 @@ class ReducedPackedTower:
         require_additive(self.config, ReducedOutputError)
         refuse_attentions(self.config, options)
         batches = list(_batches(grid_thw))
+        described = batches[-1].patches.stop if batches else 0
+        if len(hidden_states) != described:
+            raise ReducedOutputError(
+                f"A reduced {type(self).__name__} was given {len(hidden_states)} patches, and "
+                f"grids of {described}. Give the grid of every image, and all of its patches."
+            )
         given = [name for name in _COMPUTED if options.get(name) is not None]
         if given and len(batches) > 1:
             raise ReducedOutputError(
@@ -58,6 +64,10 @@ class ReducedPackedTower:
             )
         for batch in batches:
             program.tokens(batch.rows * batch.columns)  # refuses what the schedule cannot follow
+        asked = options.get("return_dict")
+        as_tuple = not (self.config.return_dict if asked is None else asked)
+        if as_tuple:
+            options["return_dict"] = True  # a tuple does not say which of it is what
         found = []
         for batch in batches:
             with run.forward((batch.rows, batch.columns), every_patch=True):
@@ -65,7 +75,10 @@ class ReducedPackedTower:
                     hidden_states[batch.patches], grid_thw[batch.images], **options
                 )
                 known = run.known()
-                found.append(_every_patch(outputs, known, batch.frames, self._mergence_bare))
+                outputs = _every_patch(outputs, known, batch.frames, self._mergence_bare)
+                if as_tuple and isinstance(outputs, Mapping):
+                    outputs = tuple(outputs.values())
+                found.append(outputs)
         return joined(found)
 
 
