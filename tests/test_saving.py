@@ -57,10 +57,7 @@ def files(folder: Path) -> list[str]:
         ("deit_tiny_distilled_patch16_224", {}),
         ("vit_small_patch14_reg4_dinov2", {"patch_size": 16}),
         ("vit_base_patch16_siglip_224", {}),
-        (
-            "vit_tiny_patch16_224",
-            {"in_chans": 13, "patch_size": 4},
-        ),  # more than a file of an image has
+        ("vit_tiny_patch16_224", {"in_chans": 13, "patch_size": 4}),  # no picture has as many
     ],
 )
 def test_a_saved_model_comes_back_reduced_and_the_original_is_as_before(
