@@ -201,6 +201,18 @@ def test_it_runs_in_bfloat16_by_either_attention(
     assert torch.cosine_similarity(found.float(), expected, dim=-1).mean() > 0.8
 
 
+@torch.no_grad()
+def test_one_shape_is_that_of_all_images(tower: Any, inputs: dict[str, Tensor]) -> None:
+    inputs = of_one(inputs, 0)
+    inputs["pixel_values"] = torch.randn(3, 36, 48)
+    inputs["pixel_attention_mask"] = torch.ones(3, 36, dtype=torch.int)
+    expected = tower(**inputs)
+    found = mergence.apply(tower, macs=1.0)(**inputs)
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(found.pooler_output, expected.pooler_output)
+    assert mergence.apply(tower, macs=0.6)(**inputs).pooler_output.shape == (3, 48)
+
+
 def test_what_cannot_be_right_is_refused(
     tower: Any, inputs: dict[str, Tensor], unscaled: Any
 ) -> None:
@@ -215,6 +227,13 @@ def test_what_cannot_be_right_is_refused(
         other["pixel_attention_mask"][1, hole] = 1 - other["pixel_attention_mask"][1, hole]
         with pytest.raises(ReducedOutputError, match=r"12 patches, and padding.*disabled"):
             tower(**other)
+    with pytest.raises(ReducedOutputError, match=r"no pixel_attention_mask.* 36 patches.*to 40"):
+        tower(inputs["pixel_values"], None, GRIDS)
+    one = of_one(inputs, 0)
+    assert tower(one["pixel_values"], None, GRIDS[:1]).pooler_output.shape == (1, 48)
+    for shapes in (GRIDS[:3], GRIDS.repeat(2, 1)):
+        with pytest.raises(ReducedOutputError, match=rf"4 images, and {len(shapes)} spatial_sh"):
+            tower(**{**inputs, "spatial_shapes": shapes})
     tower.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ReducedOutputError, match="set_attn_implementation"):
         tower(**inputs)

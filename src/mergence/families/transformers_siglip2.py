@@ -71,13 +71,21 @@ class ReducedTower:
         require_own(program, self.encoder.layers)
         require_additive(self.config, ReducedOutputError)
         refuse_attentions(self.config, options)
+        number, length = pixel_values.shape[:2]
         spatial_shapes = torch.as_tensor(spatial_shapes)
+        if len(spatial_shapes) == 1:
+            spatial_shapes = spatial_shapes.expand(number, -1)
+        if len(spatial_shapes) != number:
+            raise ReducedOutputError(
+                f"A reduced {type(self).__name__} was given {number} images, and "
+                f"{len(spatial_shapes)} spatial_shapes. Give the shape of each, or one for all."
+            )
         images = defaultdict[tuple[int, int], list[int]](list)
         for index, (rows, columns) in enumerate(spatial_shapes.tolist()):
             images[rows, columns].append(index)
         for (rows, columns), those in images.items():
             program.tokens(rows * columns)  # refuses what the schedule cannot follow
-            _require_padding(pixel_attention_mask, those, rows * columns)
+            _require_padding(pixel_attention_mask, those, rows * columns, length)
         found = []
         for grid, those in images.items():
             with run.forward(grid, every_patch=True):
@@ -88,7 +96,7 @@ class ReducedTower:
                     last=outputs[0],
                     known=run.known(),
                     final=run.known_after(self.post_layernorm),
-                    length=pixel_values.shape[1],
+                    length=length,
                 )
                 found.append(each_tensor(outputs, spread))
         order = torch.tensor([index for those in images.values() for index in those])
@@ -104,8 +112,15 @@ def _spread(
     return F.pad(full, (0, 0, 0, length - full.shape[1]))
 
 
-def _require_padding(mask: Tensor | None, images: list[int], patches: int) -> None:
+def _require_padding(mask: Tensor | None, images: list[int], patches: int, length: int) -> None:
     """Refuse a mask that hides something else than what follows the patches of an image."""
+    if mask is None and patches < length:
+        raise ReducedOutputError(
+            f"A reduced model was given no pixel_attention_mask, and an image of {patches} patches "
+            f"that is padded to {length}. The dense model would attend to the padding, which a "
+            "reduced one leaves out. Give the mask that the processor makes, or use "
+            "mergence.disabled(model)."
+        )
     if mask is not None and not (mask[images, :patches].all() and not mask[images, patches:].any()):
         raise ReducedOutputError(
             "A reduced model was given a pixel_attention_mask that is not that of its "
