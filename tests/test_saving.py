@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -195,6 +196,21 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"no folder layout.*recipe_of"):
         mergence.save(model, tmp_path / "x")
     assert files(tmp_path) == ["file"]
+
+
+@torch.no_grad()
+def test_a_model_that_takes_a_class_as_an_argument_is_made_again_in_code(
+    image: Tensor, tmp_path: Path
+) -> None:
+    model = mergence.apply(make(mlp_layer=SwiGLUPacked), **FUSED)
+    with pytest.raises(UnsupportedModelError, match=r"'mlp_layer' .*make the model in code again"):
+        mergence.save(model, tmp_path / "new")
+    # What the message says.
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    mergence.recipe_of(model).save(tmp_path / "recipe.json")
+    again = mergence.apply(make(mlp_layer=SwiGLUPacked), tmp_path / "recipe.json")
+    again.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert torch.equal(again(image), model(image))
 
 
 def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:

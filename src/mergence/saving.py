@@ -180,7 +180,10 @@ def _save_dense(model: Any, folder: Path) -> None:
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(
             f"{library} cannot write a folder that builds {what} again ({error}). Make the model "
-            "with its library's own functions, from plain arguments, and quantize it after loading."
+            "with its library's own functions, from plain arguments, and quantize it after "
+            "loading. Where it needs another argument, such as a class, save model.state_dict() "
+            "your way and the recipe beside it: mergence.recipe_of(model).save('recipe.json'). "
+            "Then make the model in code again, apply the recipe and load the weights."
         ) from error
     if other := again and _differing(_shapes(model.state_dict()), again):
         raise UnsupportedModelError(
