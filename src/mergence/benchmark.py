@@ -18,11 +18,10 @@ from mergence.api import apply, remove
 from mergence.arguments import check_several
 from mergence.devices import convolutions_tried, described, synchronise, warn_of_slow_type
 from mergence.errors import OptionError
-from mergence.evaluation import DENSE, runs_of
+from mergence.evaluation import DENSE, patches_in, runs_of
 from mergence.profiling import PARTS, Profile, parts_of
 from mergence.program import program_of, require_images_alone
 from mergence.recipe import Recipe, make
-from mergence.tracing import patches_in
 
 MODES: dict[str, str | None] = {
     "eager": None,

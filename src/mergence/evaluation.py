@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mergence import family, surgery
-from mergence.api import apply, remove
+from mergence.api import applied, apply, remove
 from mergence.data import Batches, Skipped, as_batches
 from mergence.devices import placed, stop_training, synchronise, warn_of_slow_type
 from mergence.distances import check_classes, compared, cosine_distance, kl_divergence
@@ -20,7 +20,7 @@ from mergence.errors import DataError, OptionError
 from mergence.macs import count
 from mergence.program import program_of, require_images_alone
 from mergence.recipe import Recipe
-from mergence.tracing import patches_in
+from mergence.tracing import trace
 
 DENSE = "dense"
 
@@ -250,6 +250,20 @@ def evaluate(
 
     results = tuple(result(name, recipe) for name, recipe in runs.items())
     return Evaluation(model_name, data_name, images, tuple(skipped), results)
+
+
+def patches_in(model: nn.Module, images: Tensor) -> int:
+    """How many patches a model makes of each image, which may be of another size than its own.
+
+    It runs once, dense, and is left as it was.
+
+    Args:
+        model: A model of a known family, reduced or not.
+        images: `[B, C, H, W]`, prepared as for the model.
+    """
+    with applied(model, keep_rate=1.0):
+        rows, columns = trace(model, images).grid
+    return rows * columns
 
 
 # Not around all of `evaluate`: what a caller's loader makes and keeps is to be of use in training.

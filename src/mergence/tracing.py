@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mergence import ops
-from mergence.api import applied
 from mergence.errors import DataError, MergenceError, PlanError
 from mergence.plan import DROPPED, MergePlan
 from mergence.program import program_of, require_images_alone
@@ -137,17 +136,3 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         program.run.observer = None
     grid = observer.grid or (1, program.patches)
     return Trace(output, grid, tuple(observer.points), program.method.name)
-
-
-def patches_in(model: nn.Module, images: Tensor) -> int:
-    """How many patches a model makes of each image, which may be of another size than its own.
-
-    It runs once, dense, and is left as it was.
-
-    Args:
-        model: A model of a known family, reduced or not.
-        images: `[B, C, H, W]`, prepared as for the model.
-    """
-    with applied(model, keep_rate=1.0):
-        rows, columns = trace(model, images).grid
-    return rows * columns

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from mergence import family
 from mergence.api import applied
 from mergence.distances import Distance, compared
+from mergence.evaluation import patches_in
 from mergence.method import Method
 from mergence.outputs import answer
 from mergence.recipe import Recipe
 from mergence.schedule import Counts
-from mergence.tracing import patches_in
 
 
 class Probe:

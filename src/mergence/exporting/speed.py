@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from mergence.api import disabled
 from mergence.benchmark import Row, judged, row_of, take_turns
-from mergence.evaluation import DENSE
+from mergence.evaluation import DENSE, patches_in
 from mergence.exporting.formats import FORMATS
 from mergence.program import program_of
-from mergence.tracing import patches_in
 
 
 def compare(
