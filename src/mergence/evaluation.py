@@ -255,14 +255,14 @@ def evaluate(
 def patches_in(model: nn.Module, images: Tensor) -> int:
     """How many patches a model makes of each image, which may be of another size than its own.
 
-    It runs once, dense, and is left as it was.
+    It runs on the first, dense, and is left as it was.
 
     Args:
         model: A model of a known family, reduced or not.
         images: `[B, C, H, W]`, prepared as for the model.
     """
     with applied(model, keep_rate=1.0):
-        rows, columns = trace(model, images).grid
+        rows, columns = trace(model, images[:1]).grid
     return rows * columns
 
 
