@@ -89,11 +89,9 @@ def _section(name: str, result: dict[str, Any], docs: Path) -> str:
         f"{result['model']} on {result['images']} images of {result['data']}, "
         f"{result.get('dtype', 'float32')}, no training. "
         f"Dense: top-1 {dense['top1']:.2f}. {result['cpu']} CPU, {_threads(result)}, "
-        f"torch {result['torch']}, timm {result['timm']}"
+        f"torch {result['torch']}, timm {result['timm']}; calibrated on {result['calibrated_on']}."
     )
-    if result["calibrated_on"]:
-        measured += f"; calibrated on {result['calibrated_on']}"
-    lines = [f"## {name.replace('-', ' ')}", "", f"{measured}.", ""]
+    lines = [f"## {name.replace('-', ' ')}", "", measured, ""]
     if "note" in result:
         lines += [result["note"], ""]
     for kind, title in KINDS.items():

@@ -2,11 +2,10 @@
 
     python benchmarks/accuracy/run.py MODEL --data VAL --calibrate-on TRAIN --out results/NAME.json
 
-MODEL is what `mergence eval` takes. Recipes are calibrated first (or taken from --recipes; without
-either, only the schedules of the papers are compared), then the dense model, `mergence` and every
-other method run over the same images, batch by batch. A method that cannot remove as many tokens
-in one step as the calibrated schedule wants removes as many as it can there; its MACs say so.
-`render.py` turns the results into tables and a plot.
+MODEL is what `mergence eval` takes. Recipes are calibrated first (or taken from --recipes), then
+the dense model, `mergence` and every other method run over the same images, batch by batch. A
+method that cannot remove as many tokens in one step as the calibrated schedule wants removes as
+many as it can there; its MACs say so. `render.py` turns the results into tables and a plot.
 """
 
 from __future__ import annotations
@@ -38,17 +37,15 @@ def main() -> None:
     loaded = _loaded(arguments)
     recipes = _calibrated(loaded, arguments)
     runs: dict[str, mergence.Recipe] = {}
-    for budget in arguments.budgets:
-        share, recipe = budget, recipes.get(budget)
-        if recipe is not None:
-            runs[f"mergence@{budget:g} calibrated"] = recipe
-            with mergence.applied(loaded.model, recipe):
-                share = mergence.describe(loaded.model).macs_ratio
+    for budget, recipe in recipes.items():
+        runs[f"mergence@{budget:g} calibrated"] = recipe
+        with mergence.applied(loaded.model, recipe):
+            share = mergence.describe(loaded.model).macs_ratio
         for name in arguments.methods:
             own = make(name, macs=share, align=1)  # on any device the same counts
             if _possible(loaded, own):
                 runs[f"{name}@{budget:g} own"] = own
-            if recipe is not None and name != "mergence":
+            if name != "mergence":
                 runs[f"{name}@{budget:g} calibrated"] = _same_counts(name, recipe)
     data = open_images(
         arguments.data,
@@ -121,8 +118,6 @@ def _calibrated(loaded: LoadedModel, arguments: argparse.Namespace) -> dict[floa
             budget: mergence.Recipe.load(arguments.recipes / f"recipe-{budget:g}.json")
             for budget in arguments.budgets
         }
-    if arguments.calibrate_on is None:
-        return {}
     data = open_images(
         arguments.calibrate_on,
         transform=loaded.transform,

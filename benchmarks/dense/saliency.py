@@ -1,11 +1,11 @@
 """What a real dense head makes of restored tokens: maps of saliency, against the dense model's.
 
-    python benchmarks/dense/saliency.py FOLDER --data IMAGES --picture maps.png
+    python benchmarks/dense/saliency.py FOLDER --data IMAGES --picture maps.jpg
 
-FOLDER is what `dinov2.py` wrote: a DINOv2 ViT-S/14 and the decoder that was
-trained on its patch tokens. Prints, for each method and budget, over all images: the mean absolute
-difference of the maps (values from 0 to 1), their correlation, and the mean IoU of the most salient
-fifth of each. The head is used as it is.
+FOLDER is what `dinov2.py` wrote: a DINOv2 ViT-S/14 and the decoder of its patch tokens. Prints, for
+each method and budget, over all images: the mean absolute difference of the maps (values from 0 to
+1), their correlation, and the mean IoU of the most salient fifth of each. The decoder is used as it
+is.
 """
 
 from __future__ import annotations
